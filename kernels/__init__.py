@@ -1,0 +1,1 @@
+"""Kernels: one op a file, each with its torch twin in reference.py."""

@@ -1,0 +1,1 @@
+"""The worker: one model on its device, a scheduler, the adapters, a socket."""
