@@ -101,7 +101,7 @@ class Command(Struct, tag_field="type", frozen=True, kw_only=True, forbid_unknow
     """Base of all commands. The worker refuses unknown types and unknown fields."""
 
 
-class Hello(Command, tag="hello"):
+class Hello(Command, frozen=True, kw_only=True, tag="hello"):
     """Opens a session. A new session of the same gateway ends everything of its older ones."""
 
     protocol_min: Unsigned
@@ -110,7 +110,7 @@ class Hello(Command, tag="hello"):
     build: str
 
 
-class Generate(Command, tag="generate"):
+class Generate(Command, frozen=True, kw_only=True, tag="generate"):
     """Starts a sequence. Answered by Outputs until one carries a finish reason or an error."""
 
     request_id: Unsigned
@@ -121,13 +121,13 @@ class Generate(Command, tag="generate"):
     trace: Annotated[str, Meta(max_length=128)] = ""  # the HTTP request's id, for the log
 
 
-class Abort(Command, tag="abort"):
+class Abort(Command, frozen=True, kw_only=True, tag="abort"):
     """Ends a sequence; nothing more is said of it. Unknown ids are ignored: it may have ended already."""
 
     request_id: Unsigned
 
 
-class LoadAdapter(Command, tag="load_adapter"):
+class LoadAdapter(Command, frozen=True, kw_only=True, tag="load_adapter"):
     """Loads, or with `replace` reloads, an adapter under a name. Answered by one AdapterReply."""
 
     request_id: Unsigned
@@ -138,7 +138,7 @@ class LoadAdapter(Command, tag="load_adapter"):
     expected_generation: Unsigned | None = None  # with replace: only if this generation holds the name
 
 
-class UnloadAdapter(Command, tag="unload_adapter"):
+class UnloadAdapter(Command, frozen=True, kw_only=True, tag="unload_adapter"):
     """Takes the name away at once, lets its streams finish, then frees. Answered by one AdapterReply."""
 
     request_id: Unsigned
@@ -147,7 +147,7 @@ class UnloadAdapter(Command, tag="unload_adapter"):
     force: bool = False  # fail the streams instead of waiting
 
 
-class FetchFile(Command, tag="fetch_file"):
+class FetchFile(Command, frozen=True, kw_only=True, tag="fetch_file"):
     """Asks for a piece of a tokenizer file. Answered by one FileChunk."""
 
     request_id: Unsigned
@@ -155,13 +155,13 @@ class FetchFile(Command, tag="fetch_file"):
     offset: Unsigned
 
 
-class GatewayHeartbeat(Command, tag="heartbeat"):
+class GatewayHeartbeat(Command, frozen=True, kw_only=True, tag="heartbeat"):
     """Keeps the session's lease; says how far the gateway has read."""
 
     last_seq_seen: Unsigned
 
 
-class Goodbye(Command, tag="goodbye"):
+class Goodbye(Command, frozen=True, kw_only=True, tag="goodbye"):
     """The gateway closes the session."""
 
 
@@ -175,7 +175,7 @@ class Event(Struct, tag_field="type", frozen=True, kw_only=True):
     """Base of all events. A gateway reads past fields that it does not know."""
 
 
-class Welcome(Event, tag="welcome"):
+class Welcome(Event, frozen=True, kw_only=True, tag="welcome"):
     """Accepts a session."""
 
     protocol: Unsigned
@@ -187,7 +187,7 @@ class Welcome(Event, tag="welcome"):
     status: WorkerStatus
 
 
-class Reject(Event, tag="reject"):
+class Reject(Event, frozen=True, kw_only=True, tag="reject"):
     """Refuses or ends a session; `reason` is for the log. The gateway opens a new one or gives up."""
 
     reason: str
@@ -215,13 +215,13 @@ class Output(Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: Error | None = None
 
 
-class Outputs(Event, tag="outputs"):
+class Outputs(Event, frozen=True, kw_only=True, tag="outputs"):
     """Everything that one engine step brought for one gateway."""
 
     outputs: list[Output]
 
 
-class AdapterReply(Event, tag="adapter_reply"):
+class AdapterReply(Event, frozen=True, kw_only=True, tag="adapter_reply"):
     """How a LoadAdapter or UnloadAdapter ended. The AdapterChanged that it caused was sent before it."""
 
     request_id: Unsigned
@@ -229,13 +229,13 @@ class AdapterReply(Event, tag="adapter_reply"):
     error: Error | None = None
 
 
-class AdapterChanged(Event, tag="adapter_changed"):
+class AdapterChanged(Event, frozen=True, kw_only=True, tag="adapter_changed"):
     """An adapter generation came to be or changed state; sent to every session, whoever caused it."""
 
     adapter: AdapterInfo
 
 
-class FileChunk(Event, tag="file_chunk"):
+class FileChunk(Event, frozen=True, kw_only=True, tag="file_chunk"):
     """A piece of a tokenizer file; at most FILE_CHUNK_BYTES."""
 
     request_id: Unsigned
@@ -243,7 +243,7 @@ class FileChunk(Event, tag="file_chunk"):
     error: Error | None = None
 
 
-class WorkerHeartbeat(Event, tag="heartbeat"):
+class WorkerHeartbeat(Event, frozen=True, kw_only=True, tag="heartbeat"):
     """The worker lives, and how its engine is doing; credits are the absolute number, not a difference."""
 
     last_seq_seen: Unsigned
