@@ -63,6 +63,13 @@ class Fleet:
             raise unavailable()
         return model
 
+    def require_text(self) -> ModelText:
+        """The model's text side; a 503 without a worker."""
+        text = next((worker.text for worker in self.ready() if worker.text is not None), None)
+        if text is None:
+            raise unavailable()
+        return text
+
     def adapters(self) -> dict[str, AdapterInfo]:
         """The adapters that answer, by name, in the order of their loading."""
         found: dict[str, AdapterInfo] = {}
