@@ -69,7 +69,7 @@ def create_app(config: GatewayConfig) -> Starlette:
 
     app = Starlette(
         routes=ROUTES,
-        middleware=[Middleware(Edge, gateway)],
+        middleware=[Middleware(Edge, gateway, [route.path for route in ROUTES])],
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error},
         lifespan=lifespan,
     )

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import ctypes
+import importlib
 import logging
 import shutil
 import signal
@@ -47,8 +48,7 @@ def main_gateway(argv: Sequence[str] | None = None) -> int:
 
 
 def _chat(arguments: list[str]) -> int:
-    from gateway import chat  # a client's imports, which a server does not need
-
+    chat = importlib.import_module("gateway.chat")  # only now: a client's imports are nothing to a server
     status: int | None = chat.main(arguments)
     return status or 0
 

@@ -1,8 +1,9 @@
 """Edge: the one middleware. Request ids, keys, body limits, and an answer for every failure."""
 
 import logging
+import random
 import re
-import uuid
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import MutableHeaders
@@ -34,7 +35,9 @@ def too_large(limit: int) -> ApiError:
 class Edge:
     """Pure ASGI, so that a client's leaving reaches the routes."""
 
-    def __init__(self, app: ASGIApp, gateway: "Gateway") -> None:
+    def __init__(self, app: ASGIApp, gateway: "Gateway", paths: Collection[str]) -> None:
+        """paths: those that the metrics tell apart."""
+        self._paths = frozenset(paths)
         self._app = app
         self._gateway = gateway
         self._access = Access(gateway.config)
@@ -48,7 +51,7 @@ class Edge:
         if "//" in scope["path"]:  # a base URL with a slash at its end
             scope["path"] = re.sub("/{2,}", "/", scope["path"])
         given = headers.get(b"x-request-id", b"")
-        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else "req_" + uuid.uuid4().hex
+        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else f"req_{random.getrandbits(128):032x}"
         scope["request_id"] = request_id
         status = 0
 
@@ -74,7 +77,7 @@ class Edge:
             metrics.inflight.dec()
             if not status:
                 metrics.disconnects.inc()
-            metrics.on_http(scope["path"] if status not in (0, 404, 405) else "other", status)
+            metrics.on_http(scope["path"] if scope["path"] in self._paths else "other", status)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         self._access.check(scope["path"], headers)

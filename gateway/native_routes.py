@@ -1,7 +1,7 @@
 """POST /generate, SGLang's own route: text or token ids, an adapter for each prompt."""
 
+import random
 import time
-import uuid
 from typing import Any
 
 import msgspec
@@ -29,7 +29,7 @@ class NativeAnswer:
     """SGLang's shapes: one object, or a list for several. A stream's events repeat the text from its beginning."""
 
     def __init__(self, num_answers: int, as_list: bool) -> None:
-        self._id = uuid.uuid4().hex
+        self._id = f"{random.getrandbits(128):032x}"
         self._started_s = time.monotonic()
         self._as_list = as_list
         self._joined = [Delta(i, "", [], []) for i in range(num_answers)]

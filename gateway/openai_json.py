@@ -3,8 +3,8 @@
 Chunks are assembled from prepared bytes, since one is made for every token of every stream.
 """
 
+import random
 import time
-import uuid
 from typing import Any
 
 import msgspec
@@ -86,7 +86,7 @@ class Answer:
         kind = ("chat.completion.chunk" if chat else "text_completion").encode()
         created = int(time.time())
         self._identity: dict[str, Any] = {
-            "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{random.getrandbits(128):032x}",
             "object": "chat.completion" if chat else "text_completion",
             "created": created,
             "model": model,

@@ -108,6 +108,7 @@ def uvicorn_config(config: GatewayConfig, app: Starlette) -> uvicorn.Config:
         "log_config": None,
         "access_log": False,
         "server_header": False,
+        "proxy_headers": False,
         "backlog": 4096,
         "timeout_keep_alive": 30,
         "timeout_graceful_shutdown": int(config.drain_timeout_s),
