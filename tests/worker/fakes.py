@@ -119,7 +119,9 @@ class FakePool:
 class FakeRunner:
     """Keeps a KV of token ids and adapter contents by block, so that a wrong block shows in the tokens."""
 
-    def __init__(self, block_size: int, pool: FakePool, on_run: Callable[[list[ScheduledSequence]], None] | None = None):
+    def __init__(
+        self, block_size: int, pool: FakePool, on_run: Callable[[list[ScheduledSequence]], None] | None = None
+    ):
         self.kv: dict[tuple[int, int], tuple[int, str]] = {}
         self.block_size = block_size
         self.pool = pool
@@ -293,5 +295,3 @@ def generate(request_id: int, prompt: list[int], max_tokens: int = 8, **fields: 
         sampling=SamplingParams(max_tokens=max_tokens, **sampling),
         **fields,
     )
-
-
