@@ -1,4 +1,4 @@
-"""Adapters loaded, replaced and unloaded under running streams: every answer is of exactly the content it was bound to."""
+"""Adapters come, change and go under running streams: every answer is of exactly the content it was bound to."""
 
 import pytest
 

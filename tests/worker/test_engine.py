@@ -200,7 +200,7 @@ def wait_for(condition: object, timeout_s: float = 10.0) -> None:
 
 
 def test_adapters_come_and_go_under_load_and_every_answer_fits_some_order() -> None:
-    """Threads of random loads, unloads and requests; an answer is of exactly the content it was bound to, or an error."""
+    """Random loads, unloads and requests from threads; an answer is of exactly the content it was bound to."""
     harness = Harness(num_blocks=128, max_loaded=2, num_chunks=3, max_loras_per_batch=2, max_overtake_s=0.0)
     service = harness.adapters
     service._background = Background("load", 3, harness.inbox)
