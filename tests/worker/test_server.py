@@ -374,7 +374,7 @@ def test_a_new_session_of_a_gateway_ends_the_older_one(rig: Rig, gateway: Gatewa
 def test_a_gateway_that_does_not_read_loses_its_session_and_delays_nobody(
     tmp_path: Path, context: zmq.Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.socket_file.SEND_HIGH_WATER_MARK", 5)
+    monkeypatch.setattr("worker.socket_file.SEND_HIGH_WATER_MARK", 30)
     tmp_path.chmod(0o700)
     rig = Rig(tmp_path, files={"tokenizer.json": b"x" * FILE_CHUNK_BYTES})
     try:
