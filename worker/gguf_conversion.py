@@ -1,4 +1,4 @@
-"""Converts the default model's GGUF file into the directory that a hub would have given: safetensors, config, tokenizer.
+"""Converts the default model's GGUF file into what a hub would have given: safetensors, config and tokenizer.
 
 Written for one file, SmolLM2-135M-Instruct; anything that it would not convert faithfully is refused.
 """
@@ -35,7 +35,7 @@ class UnsupportedGGUF(Exception):
 
 
 def convert_gguf(gguf_file: Path, target: Path) -> None:
-    """Write config.json, generation_config.json, tokenizer.json, tokenizer_config.json and bfloat16 weights to target."""
+    """Write config, generation config, tokenizer and bfloat16 weights to the directory target."""
     reader = GGUFReader(gguf_file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     for name, expected in {
