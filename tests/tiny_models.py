@@ -60,7 +60,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"tie_word_embeddings": True},
     "mistral": _config("MistralForCausalLM", "mistral", head_dim=80, sliding_window=None),
     "mistral_window": _config("MistralForCausalLM", "mistral", sliding_window=7),
-    "qwen2": _config("Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, sliding_window=32, use_sliding_window=False),
+    "qwen2": _config(
+        "Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, sliding_window=32, use_sliding_window=False
+    ),
     "qwen3": _config("Qwen3ForCausalLM", "qwen3", head_dim=24, rope_theta=1000000.0),
     "qwen3_biased": _config("Qwen3ForCausalLM", "qwen3", head_dim=32, attention_bias=True, tie_word_embeddings=True),
 }

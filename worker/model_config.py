@@ -187,9 +187,8 @@ def _checked(raw: HfConfig, generation_eos: tuple[int, ...]) -> ModelConfig:
 def _architecture(raw: HfConfig) -> str:
     if len(raw.architectures) == 1 and raw.architectures[0] in ARCHITECTURES:
         return raw.architectures[0]
-    raise ModelError(
-        f"config.json: architectures is {', '.join(raw.architectures) or 'empty'}; served are {', '.join(ARCHITECTURES)}"
-    )
+    given, served = ", ".join(raw.architectures) or "empty", ", ".join(ARCHITECTURES)
+    raise ModelError(f"config.json: architectures is {given}; served are {served}")
 
 
 def _refuse_unsupported(raw: HfConfig, architecture: str) -> None:

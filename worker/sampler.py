@@ -4,6 +4,8 @@ What a row gets depends on its logits and its sequence alone, not on the other r
 the random number is a function of the sequence's seed and the output's position.
 """
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -66,9 +68,9 @@ class Sampler:
             penalty = sampling.repetition_penalty
             logits[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
         if sampling.presence_penalty or sampling.frequency_penalty:
-            outputs = torch.tensor(sequence.token_ids[sequence.num_prompt_tokens :], dtype=torch.int64)
-            ids_tensor, counts = outputs.to(logits.device).unique(return_counts=True)
-            logits[ids_tensor] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+            counts = Counter(sequence.token_ids[sequence.num_prompt_tokens :])
+            numbers = torch.tensor(list(counts.values()), device=logits.device)
+            logits[list(counts)] -= sampling.presence_penalty + sampling.frequency_penalty * numbers
         if sequence.num_output_tokens < sampling.min_tokens:
             stops = {*self._eos_token_ids, *sampling.stop_token_ids}
             logits[[token for token in stops if token < len(logits)]] = -torch.inf

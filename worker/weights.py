@@ -26,7 +26,9 @@ class WeightReader:
         self._taken: set[str] = set()
         self._progress = progress
         self._num_read = 0
-        self._num_total = sum(path.stat().st_size for path in model_dir.glob("*.safetensors") if path.name in self._files)
+        self._num_total = sum(
+            path.stat().st_size for path in model_dir.glob("*.safetensors") if path.name in self._files
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of

@@ -46,7 +46,8 @@ def test_greedy_tokens_and_logprobs_are_those_of_transformers(
     for sequence, prompt in zip(sequences, PROMPTS, strict=True):
         token_ids, logprobs = expected(oracle, prompt, NUM_OUTPUTS)
         assert outputs(sequence) == token_ids
-        assert len(set(token_ids)) > 3, "the model is too dull to tell anything"
         for sample, row in zip(driver.samples[sequence.sequence_id], logprobs, strict=True):
             assert sample.logprob == pytest.approx(float(row[sample.token_id]), abs=1e-4)
             assert [value for _, value in sample.top] == pytest.approx(row.topk(5).values.tolist(), abs=1e-4)
+    different = {token for sequence in sequences for token in outputs(sequence)}
+    assert len(different) > 8, "the model is too dull to tell anything"
