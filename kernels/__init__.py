@@ -1,1 +1,29 @@
-"""Kernels: one op a file, each with its torch twin in reference.py."""
+"""The ops that the model's layers are made of. This package imports nothing of the project."""
+
+from kernels.reference import (
+    AttentionPlan,
+    PrefillSpan,
+    add_rms_norm,
+    paged_attention,
+    rms_norm,
+    rotary,
+    silu_and_mul,
+    store_kv,
+)
+from kernels.reference_lora import lora_expand, lora_shrink
+from kernels.segments import LoraSite, Segments
+
+__all__ = [
+    "AttentionPlan",
+    "LoraSite",
+    "PrefillSpan",
+    "Segments",
+    "add_rms_norm",
+    "lora_expand",
+    "lora_shrink",
+    "paged_attention",
+    "rms_norm",
+    "rotary",
+    "silu_and_mul",
+    "store_kv",
+]

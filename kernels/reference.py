@@ -1,0 +1,124 @@
+"""Torch twins of the kernels: what each op means, on any device. The CPU runs these."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Semantics: y = x / sqrt(mean(x²) + eps) * weight over the last dimension, in float32 inside.
+
+    x [..., size], weight [size] -> [..., size] in x's dtype.
+    """
+    wide = x.float()
+    mean_square = wide.square().mean(-1, keepdim=True)
+    return wide.mul(mean_square.add_(eps).rsqrt_()).to(x.dtype).mul_(weight)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Semantics: residual += x (in place); y = rms_norm(residual, weight, eps).
+
+    x, residual [num_tokens, size], weight [size] -> [num_tokens, size].
+    """
+    residual.add_(x)
+    return rms_norm(residual, weight, eps)
+
+
+def rotary(x: Tensor, cos: Tensor, signed_sin: Tensor) -> None:
+    """Semantics: rotates each head by its token's position, in place: x = x * cos + swap_halves(x) * signed_sin.
+
+    x [num_tokens, num_heads, head_dim]; cos, signed_sin [num_tokens, 1, head_dim], where signed_sin's first half is
+    negated, which makes the sum the rotation of (first half, second half) pairs.
+    """
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    x.mul_(cos).addcmul_(swapped, signed_sin)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """Semantics: y = silu(x[:, :n]) * x[:, n:].
+
+    x [num_tokens, 2n] -> [num_tokens, n].
+    """
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def store_kv(kv: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    """Semantics: cache[slot // block_size, :, :, slot % block_size] = kv[token], slot = slot_mapping[token].
+
+    kv [num_tokens, 2, num_kv_heads, head_dim]; cache: one layer of the KV cache,
+    [num_blocks, 2, num_kv_heads, block_size, head_dim]; slot_mapping int64 [num_tokens], all different.
+    """
+    block_size = cache.shape[3]
+    cache[slot_mapping // block_size, :, :, slot_mapping % block_size] = kv
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSpan:
+    """One sequence's several rows of a step, for attention. See AttentionPlan."""
+
+    rows: slice
+    block_table: Tensor  # int64 [num_blocks of the sequence]
+    context_len: int  # tokens with KV, this step's included
+    mask: Tensor | None  # bool [num rows, context_len], True is seen; None: causal from the first token
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """How the rows of a step attend: built once a step, used by every layer.
+
+    A row that is its sequence's only one is a decode: all decodes are computed together. The rest are prefill spans.
+    """
+
+    decode_rows: Tensor | slice  # of the flat batch: int64 [num_decodes], or a slice where they are one run
+    decode_block_tables: Tensor  # int64 [num_decodes · max_blocks], short ones filled up with block 0
+    decode_mask: Tensor | None  # bool [num_decodes, 1, 1, max_blocks · block_size]; None: every slot is seen
+    num_decodes: int
+    prefills: tuple[PrefillSpan, ...]
+
+
+def paged_attention(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    """Semantics: softmax(scale * q · Kᵀ) · V for each row, over its sequence's tokens that the plan lets it see.
+
+    q [num_tokens, num_heads, head_dim]; cache: one layer, [num_blocks, 2, num_kv_heads, block_size, head_dim], in which
+    the step's own keys and values stand already; consecutive query heads share a KV head. -> as q.
+    """
+    out = torch.empty_like(q)
+    if plan.num_decodes:
+        out[plan.decode_rows] = _attend_decodes(q[plan.decode_rows], cache, plan, scale)
+    for span in plan.prefills:
+        out[span.rows] = _attend_prefill(q[span.rows], cache, span, scale)
+    return out
+
+
+def gather_kv(cache: Tensor, block_tables: Tensor, num_sequences: int) -> Tensor:
+    """The keys and values in block_tables [num_sequences · num_blocks], token after token.
+
+    -> [num_sequences, 2, num_kv_heads, num_blocks · block_size, head_dim].
+    """
+    _, _, num_kv_heads, block_size, head_dim = cache.shape
+    blocks = cache.index_select(0, block_tables).view(num_sequences, -1, 2, num_kv_heads, block_size, head_dim)
+    return blocks.permute(0, 2, 3, 1, 4, 5).reshape(num_sequences, 2, num_kv_heads, -1, head_dim)
+
+
+def _attend_decodes(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    """q [num_decodes, num_heads, head_dim]. The query heads of one KV head pass for its query positions."""
+    num_decodes, num_heads, head_dim = q.shape
+    kv = gather_kv(cache, plan.decode_block_tables, num_decodes)
+    grouped = q.reshape(num_decodes, kv.shape[2], -1, head_dim)
+    out = F.scaled_dot_product_attention(grouped, kv[:, 0], kv[:, 1], attn_mask=plan.decode_mask, scale=scale)
+    return out.reshape(num_decodes, num_heads, head_dim)
+
+
+def _attend_prefill(q: Tensor, cache: Tensor, span: PrefillSpan, scale: float) -> Tensor:
+    """q [num_rows, num_heads, head_dim] of one sequence."""
+    kv = gather_kv(cache, span.block_table, 1)[0, :, :, : span.context_len]
+    num_groups = q.shape[1] // kv.shape[1]
+    keys, values = kv.repeat_interleave(num_groups, dim=1) if num_groups > 1 else kv
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1), keys, values, attn_mask=span.mask, is_causal=span.mask is None, scale=scale
+    )
+    return out.transpose(0, 1)

@@ -1,0 +1,1 @@
+"""The demo adapters: how they are made, and that they are what they say."""

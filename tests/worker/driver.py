@@ -1,0 +1,70 @@
+"""A driver for the model runner in tests: sequences with blocks, run to the end in any split and mix."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from protocol.sampling import SamplingParams
+from worker.adapter_pool import AdapterPool
+from worker.kv_cache import KVCache
+from worker.model_runner import ModelRunner
+from worker.sequence import Sample, ScheduledSequence, Sequence
+from worker.weights import load_model
+
+CPU = torch.device("cpu")
+GREEDY = SamplingParams(max_tokens=64, temperature=0.0, logprobs=5)
+
+
+@dataclass
+class Driver:
+    """A runner and the blocks that its sequences have not taken yet."""
+
+    runner: ModelRunner
+    free: list[int]
+    samples: dict[int, list[Sample]] = field(default_factory=dict)
+    num_made: int = 0
+
+    @classmethod
+    def of(
+        cls, model_dir: Path, block_size: int = 4, num_blocks: int = 256, num_chunks: int = 0, seed: int = 0
+    ) -> "Driver":
+        model, config = load_model(model_dir, torch.float32, CPU)
+        cache = KVCache(
+            num_blocks, block_size, config.num_layers, config.num_kv_heads, config.head_dim, torch.float32, CPU
+        )
+        cache.data.fill_(torch.nan)  # what an earlier owner may have left
+        pool = AdapterPool(config.chunk_layout(), num_chunks, torch.float32, CPU) if num_chunks else None
+        shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+        return cls(ModelRunner(model, config, cache, pool), shuffled)
+
+    def add(self, prompt: list[int], generation: int = 0, sampling: SamplingParams = GREEDY, seed: int = 0) -> Sequence:
+        sequence = Sequence(self.num_made, list(prompt), len(prompt), sampling, seed, generation)
+        self.num_made += 1
+        self.samples[sequence.sequence_id] = []
+        return sequence
+
+    def step(self, batch: list[tuple[Sequence, int]]) -> None:
+        """Runs one step of (sequence, num_tokens) and books its results as an engine would."""
+        scheduled = [ScheduledSequence(sequence, num_tokens) for sequence, num_tokens in batch]
+        block_size = self.runner.kv_cache.block_size
+        for sequence, num_tokens in batch:
+            while len(sequence.block_table) * block_size < sequence.num_computed_tokens + num_tokens:
+                sequence.block_table.append(self.free.pop())
+        sampled = [entry.sequence for entry in scheduled if entry.samples]
+        samples = self.runner.run(scheduled)
+        for sequence, num_tokens in batch:
+            sequence.num_computed_tokens += num_tokens
+        for sequence, sample in zip(sampled, samples, strict=True):
+            sequence.token_ids.append(sample.token_id)
+            self.samples[sequence.sequence_id].append(sample)
+
+    def finish(self, sequences: list[Sequence], num_outputs: int, chunk: int = 1 << 30) -> None:
+        """Runs all sequences together until each has num_outputs; prompts go in chunks of at most `chunk` tokens."""
+        while unfinished := [s for s in sequences if s.num_output_tokens < num_outputs]:
+            self.step([(sequence, min(chunk, sequence.num_uncomputed_tokens)) for sequence in unfinished])
+
+
+def outputs(sequence: Sequence) -> list[int]:
+    """The answer's token ids."""
+    return sequence.token_ids[sequence.num_prompt_tokens :]

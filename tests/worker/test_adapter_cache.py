@@ -1,0 +1,138 @@
+"""The books of adapters: limits, eviction, host places, under any history."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol.errors import ErrorCode
+from protocol.messages import AdapterState
+from worker.adapter_cache import Adapter, AdapterCache
+
+
+def publish(
+    cache: AdapterCache, name: str, num_chunks: int = 1, pinned: bool = False
+) -> tuple[Adapter, Adapter | None]:
+    assert cache.check(name, num_chunks * 16, num_chunks, pinned) is None
+    return cache.publish(
+        name,
+        digest=name,
+        source=name,
+        rank=num_chunks * 16,
+        modules=("q_proj",),
+        num_bytes=1,
+        num_chunks=num_chunks,
+        pinned=pinned,
+        created=0,
+    )
+
+
+def cache_of(num_chunks: int = 4, max_per_batch: int = 3, max_loaded: int = 4, policy: str = "lru") -> AdapterCache:
+    return AdapterCache(num_chunks=num_chunks, max_per_batch=max_per_batch, max_loaded=max_loaded, policy=policy)
+
+
+def use(cache: AdapterCache, adapter: Adapter) -> list[Adapter]:
+    victims = cache.place(adapter) if not adapter.chunk_ids else []
+    assert victims is not None
+    cache.retain(adapter)
+    cache.hold(adapter)
+    return victims
+
+
+def finish(cache: AdapterCache, adapter: Adapter) -> bool:
+    cache.unhold(adapter)
+    return cache.let_go(adapter)
+
+
+def test_pins_leave_one_place_and_the_error_names_the_flag() -> None:
+    cache = cache_of(num_chunks=8)
+    publish(cache, "a", pinned=True)
+    publish(cache, "b", pinned=True)
+    error = cache.check("c", 16, 1, True)
+    assert error is not None and error.code is ErrorCode.ADAPTER_LIMIT
+    assert "--max-loras-per-batch" in error.message and "2" in error.message
+    assert cache.check("a", 16, 1, True) is None, "replacing a pinned adapter by a pinned one is no more"
+    assert cache.check("c", 16, 1, False) is None
+
+
+def test_what_could_never_come_to_the_device_is_refused() -> None:
+    cache = cache_of(num_chunks=4)
+    assert cache.check("a", 80, 5, False) is not None
+    publish(cache, "a", 4)
+    error = cache.check("b", 16, 1, True)
+    assert error is not None and "pool of 4" in error.message
+    cache.withdraw("a")
+    publish(cache, "b", 1, pinned=True)
+    assert cache.check("a", 64, 4, False) is not None
+    assert cache.check("a", 48, 3, False) is None
+
+
+def test_lru_and_fifo_choose_their_victims() -> None:
+    for policy, victim in (("lru", "b"), ("fifo", "a")):
+        cache = cache_of(num_chunks=2, policy=policy)
+        a, b, c = (publish(cache, name)[0] for name in "abc")
+        for adapter in (a, b, a):
+            use(cache, adapter)
+            finish(cache, adapter)
+        assert [v.name for v in use(cache, c)] == [victim]
+        cache.check_integrity()
+
+
+def test_running_and_pinned_adapters_stay() -> None:
+    cache = cache_of(num_chunks=2)
+    a, b, c = publish(cache, "a", pinned=True)[0], publish(cache, "b")[0], publish(cache, "c")[0]
+    assert cache.place(a) == []
+    use(cache, b)
+    assert cache.place(c) is None and not cache.has_room(c)
+    finish(cache, b)
+    assert cache.place(c) == [b]
+    cache.check_integrity()
+
+
+def test_a_replaced_generation_lives_until_its_sequences_are_done() -> None:
+    cache = cache_of()
+    old, _ = publish(cache, "a")
+    use(cache, old)
+    new, left = publish(cache, "a")
+    assert left is old and old.state is AdapterState.DRAINING and not old.unloaded
+    assert cache.named("a") is new and new.generation > old.generation
+    assert finish(cache, old) and old.state is AdapterState.REMOVED
+    assert cache.get(old.generation) is None
+    cache.check_integrity()
+
+
+def test_host_memory_keeps_pinned_and_recent_ones_and_prefers_to_drop_the_unwanted() -> None:
+    cache = cache_of(max_loaded=3, num_chunks=8)
+    a, b, c, d = (publish(cache, name, pinned=name == "a")[0] for name in "abcd")
+    for adapter in (a, b, c):
+        assert cache.add_to_host(adapter) == []
+    cache.retain(b)  # a sequence waits for it
+    assert cache.add_to_host(d) == [c]
+    assert a.in_host and b.in_host and not c.in_host
+    cache.check_integrity()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5), st.integers(1, 3), st.booleans()), max_size=60))
+def test_any_history_keeps_the_books(history: list[tuple[int, int, int, bool]]) -> None:
+    cache = cache_of(num_chunks=5, max_loaded=3)
+    running: list[Adapter] = []
+    for action, which, num_chunks, pinned in history:
+        name = f"n{which}"
+        named = cache.named(name)
+        if action <= 1:
+            if cache.check(name, num_chunks * 16, num_chunks, pinned) is None:
+                cache.add_to_host(publish(cache, name, num_chunks, pinned)[0])
+        elif action == 2:
+            cache.withdraw(name)
+        elif action <= 4 and named is not None:
+            if named.chunk_ids or cache.place(named) is not None:
+                use(cache, named)
+                running.append(named)
+        elif running:
+            finish(cache, running.pop(which % len(running)))
+        cache.check_integrity()
+    for adapter in running:
+        finish(cache, adapter)
+    for adapter in cache.adapters():
+        cache.withdraw(adapter.name)
+    cache.check_integrity()
+    assert cache.adapters() == []

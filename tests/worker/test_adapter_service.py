@@ -1,0 +1,316 @@
+"""Adapters come, change and go under running streams: every answer is of exactly the content it was bound to."""
+
+import pytest
+
+from protocol.errors import ErrorCode
+from protocol.messages import AdapterChanged, AdapterReply, AdapterState, LoadAdapter, UnloadAdapter
+from tests.worker.fakes import OWNER, Harness, answer, generate
+from worker.mailbox import Admin, Start
+
+
+def load(harness: Harness, request_id: int, name: str, source: str, **fields: object) -> None:
+    harness.put(Admin(OWNER, LoadAdapter(request_id=request_id, name=name, source=source, **fields)))
+
+
+def unload(harness: Harness, request_id: int, name: str, timeout_ms: int = 60_000, force: bool = False) -> None:
+    command = UnloadAdapter(request_id=request_id, name=name, timeout_ms=timeout_ms, force=force)
+    harness.put(Admin(OWNER, command))
+
+
+def start(harness: Harness, request_id: int, generation: int, max_tokens: int = 6) -> None:
+    harness.put(Start(OWNER, generate(request_id, [request_id], max_tokens, generation=generation)))
+
+
+def settle(harness: Harness) -> None:
+    """Handles what is in the inbox, and what comes back from the loader, without waiting for anything else."""
+    while not harness.inbox.empty():
+        harness.engine.step()
+        harness.check()
+
+
+def reply(harness: Harness, request_id: int) -> AdapterReply | None:
+    """The one reply to an admin command, if it has come."""
+    found = [event for event in harness.events(AdapterReply) if event.request_id == request_id]
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+def code(harness: Harness, request_id: int) -> ErrorCode | None:
+    found = reply(harness, request_id)
+    assert found is not None
+    return found.error.code if found.error else None
+
+
+def states(harness: Harness) -> list[tuple[int, AdapterState]]:
+    return [(event.adapter.generation, event.adapter.state) for event in harness.events(AdapterChanged)]
+
+
+def test_a_load_is_told_to_all_and_then_to_its_caller() -> None:
+    harness = Harness()
+    load(harness, 1, "a", "x:20")
+    settle(harness)
+    assert [type(event) for _, event in harness.mail] == [AdapterChanged, AdapterReply]
+    assert [to for to, _ in harness.mail] == [None, OWNER]
+    found = reply(harness, 1)
+    assert found is not None and found.adapter is not None
+    assert (found.adapter.name, found.adapter.generation, found.adapter.digest) == ("a", 1, "x")
+    start(harness, 2, 1)
+    harness.drain()
+    assert harness.tokens(2) == answer([2], 6, "x")
+
+
+@pytest.mark.parametrize(("source", "expected"), [("bad", ErrorCode.ADAPTER_INVALID), ("crash", ErrorCode.INTERNAL)])
+def test_a_load_that_fails_says_so_and_nothing_else_changes(source: str, expected: ErrorCode) -> None:
+    harness = Harness()
+    load(harness, 1, "a", "x")
+    load(harness, 2, "a", source, replace=True)
+    settle(harness)
+    assert code(harness, 2) is expected
+    assert states(harness) == [(1, AdapterState.READY)]
+
+
+def test_names_that_are_taken() -> None:
+    harness = Harness()
+    load(harness, 1, "a", "x")
+    load(harness, 2, "base", "x")
+    settle(harness)
+    load(harness, 3, "a", "x")
+    load(harness, 4, "a", "y", replace=True, expected_generation=7)
+    load(harness, 5, "b", "y", replace=True, expected_generation=1)
+    load(harness, 6, "a", "y", replace=True, expected_generation=1)
+    settle(harness)
+    conflict = ErrorCode.ADAPTER_CONFLICT
+    expected = [None, ErrorCode.ADAPTER_EXISTS, ErrorCode.ADAPTER_EXISTS, conflict, conflict, None]
+    assert [code(harness, i) for i in range(1, 7)] == expected
+
+
+def test_lora_off_refuses_loads_and_requests() -> None:
+    harness = Harness(enabled=False)
+    load(harness, 1, "a", "x")
+    start(harness, 2, 1)
+    harness.drain()
+    assert code(harness, 1) is ErrorCode.LORA_DISABLED
+    assert harness.outputs(2)[0].error.code is ErrorCode.LORA_DISABLED  # type: ignore[union-attr]
+
+
+def test_replacing_moves_the_name_and_leaves_running_streams_alone() -> None:
+    harness = Harness()
+    load(harness, 1, "a", "x")
+    settle(harness)
+    start(harness, 2, 1, 10)
+    harness.step(3)
+    load(harness, 3, "a", "y", replace=True)
+    settle(harness)
+    start(harness, 4, 2)
+    start(harness, 5, 1)  # bound by a gateway before the news came
+    harness.drain()
+    assert harness.tokens(2) == answer([2], 10, "x")
+    assert harness.tokens(4) == answer([4], 6, "y")
+    assert harness.tokens(5) == answer([5], 6, "x")
+    assert states(harness) == [
+        (1, AdapterState.READY),
+        (2, AdapterState.READY),
+        (1, AdapterState.DRAINING),
+        (1, AdapterState.REMOVED),
+    ]
+    start(harness, 6, 1)
+    harness.drain()
+    assert harness.outputs(6)[0].error.code is ErrorCode.ADAPTER_GONE  # type: ignore[union-attr]
+
+
+def test_new_content_under_an_old_name_finds_nothing_of_the_old_in_the_prefix_cache() -> None:
+    harness = Harness()
+    prompt = list(range(20))
+    load(harness, 1, "a", "x")
+    load(harness, 2, "twin", "x")
+    settle(harness)
+    harness.put(Start(OWNER, generate(3, prompt, 2, generation=1)))
+    harness.drain()
+    harness.put(Start(OWNER, generate(4, prompt, 2, generation=2)))
+    load(harness, 5, "a", "y", replace=True)
+    settle(harness)
+    harness.put(Start(OWNER, generate(6, prompt, 2, generation=3)))
+    harness.put(Start(OWNER, generate(7, prompt, 2)))
+    harness.drain()
+    assert harness.outputs(4)[0].cached_tokens == 16, "the same content under two names shares"
+    assert harness.outputs(6)[0].cached_tokens == 0
+    assert harness.outputs(7)[0].cached_tokens == 0
+    assert harness.tokens(6) == answer(prompt, 2, "y")
+
+
+def test_the_same_load_twice_at_once_is_one_load_and_two_good_replies() -> None:
+    harness = Harness()
+    harness.jobs.hold = True
+    load(harness, 1, "a", "x")
+    load(harness, 2, "a", "x")
+    settle(harness)
+    harness.jobs.release()
+    settle(harness)
+    assert harness.loader.num_loads == 1
+    assert code(harness, 1) is None and code(harness, 2) is None
+
+
+@pytest.mark.parametrize(("second", "expected"), [("y", ErrorCode.ADAPTER_EXISTS), ("x:32", None)])
+def test_two_loads_of_one_name_at_once(second: str, expected: ErrorCode | None) -> None:
+    """Different content: one wins. The same content from another source: both are right."""
+    harness = Harness()
+    harness.jobs.hold = True
+    load(harness, 1, "a", "x")
+    load(harness, 2, "a", second)
+    settle(harness)
+    harness.jobs.release(1)
+    harness.jobs.release(0)
+    settle(harness)
+    assert code(harness, 2) is None
+    assert code(harness, 1) is expected
+    assert harness.cache.named("a").digest == second[0]  # type: ignore[union-attr]
+
+
+def test_unloading_takes_the_name_at_once_and_replies_when_the_streams_are_done() -> None:
+    harness = Harness()
+    load(harness, 1, "a", "x")
+    settle(harness)
+    start(harness, 2, 1, 10)
+    harness.step(3)
+    unload(harness, 3, "a")
+    start(harness, 4, 1)
+    harness.step()
+    assert reply(harness, 3) is None
+    assert harness.outputs(4)[0].error.code is ErrorCode.ADAPTER_GONE  # type: ignore[union-attr]
+    load(harness, 5, "a", "y")  # while the old one is still in use
+    unload(harness, 6, "nothing")
+    settle(harness)
+    assert code(harness, 5) is None
+    assert code(harness, 6) is ErrorCode.ADAPTER_NOT_FOUND
+    harness.drain()
+    assert harness.tokens(2) == answer([2], 10, "x")
+    done = reply(harness, 3)
+    assert done is not None and done.adapter is not None and done.adapter.state is AdapterState.REMOVED
+    assert harness.cache.named("a").digest == "y"  # type: ignore[union-attr]
+
+
+def test_an_unload_whose_time_is_up_says_that_it_still_drains() -> None:
+    harness = Harness()
+    load(harness, 1, "a", "x")
+    settle(harness)
+    start(harness, 2, 1, 20)
+    harness.step(2)
+    unload(harness, 3, "a", timeout_ms=500)
+    harness.step()
+    assert reply(harness, 3) is None
+    harness.now += 0.6
+    harness.step()
+    late = reply(harness, 3)
+    assert late is not None and late.adapter is not None and late.adapter.state is AdapterState.DRAINING
+    harness.drain()
+    assert harness.tokens(2) == answer([2], 20, "x")
+    assert states(harness)[-1] == (1, AdapterState.REMOVED)
+
+
+def test_force_fails_the_streams_and_frees() -> None:
+    harness = Harness(max_running=1)
+    load(harness, 1, "a", "x")
+    settle(harness)
+    start(harness, 2, 1, 20)
+    start(harness, 3, 1, 20)
+    start(harness, 4, 0, 20)
+    harness.step(2)
+    unload(harness, 5, "a", force=True)
+    harness.drain()
+    for request_id in (2, 3):
+        assert harness.outputs(request_id)[-1].error.code is ErrorCode.ADAPTER_GONE  # type: ignore[union-attr]
+    assert harness.tokens(4) == answer([4], 20)
+    assert code(harness, 5) is None
+    assert harness.pool.contents == {} and harness.cache.adapters() == []
+
+
+def test_an_unload_during_a_load_and_the_load_after_it() -> None:
+    harness = Harness()
+    load(harness, 1, "a", "x")
+    settle(harness)
+    harness.jobs.hold = True
+    load(harness, 2, "a", "y", replace=True)
+    settle(harness)
+    unload(harness, 3, "a")
+    settle(harness)
+    harness.jobs.release()
+    settle(harness)
+    assert code(harness, 3) is None and code(harness, 2) is None
+    assert harness.cache.named("a").digest == "y"  # type: ignore[union-attr]
+
+
+def test_an_adapter_pushed_out_of_host_memory_is_read_again_by_its_digest() -> None:
+    harness = Harness(max_loaded=2, num_chunks=2)
+    for number, name in enumerate("abc"):
+        load(harness, number, name, name)
+    settle(harness)
+    assert not harness.cache.named("a").in_host  # type: ignore[union-attr]
+    harness.jobs.hold = True
+    start(harness, 10, 1)
+    start(harness, 11, 3)
+    settle(harness)
+    harness.engine.step()
+    assert harness.tokens(10) == [] and harness.tokens(11), "nobody waits for somebody else's reload"
+    harness.jobs.release()
+    harness.drain()
+    assert harness.loader.num_reloads == 1
+    assert harness.tokens(10) == answer([10], 6, "a")
+
+
+def test_lost_content_is_an_error_and_never_another_answer() -> None:
+    harness = Harness(max_loaded=2, num_chunks=2)
+    for number, name in enumerate("abc"):
+        load(harness, number, name, name)
+    settle(harness)
+    harness.loader.lost.add("a")
+    start(harness, 10, 1)
+    start(harness, 11, 0)
+    harness.drain()
+    assert harness.outputs(10)[0].error.code is ErrorCode.ADAPTER_INVALID  # type: ignore[union-attr]
+    assert harness.tokens(11) == answer([11], 6)
+
+
+def test_a_device_that_takes_no_upload_fails_those_who_need_it() -> None:
+    harness = Harness()
+    load(harness, 1, "a", "x")
+    settle(harness)
+    harness.pool.broken = True
+    start(harness, 2, 1)
+    start(harness, 3, 0)
+    harness.drain()
+    assert harness.outputs(2)[0].error.code is ErrorCode.INTERNAL  # type: ignore[union-attr]
+    assert harness.tokens(3) == answer([3], 6)
+    harness.pool.broken = False
+    start(harness, 4, 1)
+    harness.drain()
+    assert harness.tokens(4) == answer([4], 6, "x")
+
+
+def test_pinned_adapters_come_to_the_device_at_once_and_stay_through_everything() -> None:
+    harness = Harness(max_loras_per_batch=2, num_chunks=2, max_loaded=2)
+    load(harness, 1, "p", "p", pinned=True)
+    load(harness, 2, "q", "q", pinned=True)
+    settle(harness)
+    assert code(harness, 2) is ErrorCode.ADAPTER_LIMIT
+    assert harness.pool.contents == {1: "p"}
+    for number, name in enumerate("abcd"):
+        load(harness, 10 + number, name, name)
+    settle(harness)
+    for generation in range(2, 6):
+        start(harness, 20 + generation, generation)
+    harness.drain()
+    assert harness.pool.contents[1] == "p" and 1 in harness.adapters._host
+    load(harness, 30, "p", "r", pinned=True, replace=True)
+    settle(harness)
+    assert "p" not in harness.pool.contents.values()
+    assert "r" in harness.pool.contents.values()
+
+
+def test_a_replaced_pinned_adapter_frees_its_chunks_before_the_next_takes_them() -> None:
+    harness = Harness(num_chunks=2)
+    load(harness, 1, "p", "p:32", pinned=True)
+    settle(harness)
+    load(harness, 2, "p", "q:16", pinned=True, replace=True)
+    settle(harness)
+    assert code(harness, 2) is None or code(harness, 2) is ErrorCode.ADAPTER_LIMIT
+    harness.check()

@@ -1,0 +1,281 @@
+"""AdapterCache: the books of all adapters. Names, generations, who uses what, and where the content is.
+
+A generation is a name bound to exact content. Its content can be on the device (in chunks of rank 16), in host memory,
+and always is in the private store, from which it comes back by digest. Nothing here touches a tensor or a file.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from protocol.errors import Error, ErrorCode
+from protocol.messages import AdapterInfo, AdapterState
+
+MAX_ADAPTERS = 16_384  # names and draining generations together
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Adapter:
+    """One generation."""
+
+    generation: int
+    name: str
+    digest: str
+    source: str
+    rank: int
+    modules: tuple[str, ...]
+    num_bytes: int
+    num_chunks: int
+    pinned: bool
+    created: int  # unix seconds
+    state: AdapterState = AdapterState.READY
+    unloaded: bool = False  # taken away on purpose: nothing new may start on it, unlike on a replaced one
+    num_sequences: int = 0  # unfinished sequences bound to it
+    num_running: int = 0  # those of them whose steps need it on the device
+    chunk_ids: tuple[int, ...] = ()  # empty: not on the device
+    in_host: bool = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether its chunks may go to another adapter."""
+        return bool(self.chunk_ids) and not self.num_running and not self.pinned
+
+    def info(self) -> AdapterInfo:
+        """As gateways see it."""
+        return AdapterInfo(
+            name=self.name,
+            generation=self.generation,
+            digest=self.digest,
+            state=self.state,
+            source=self.source,
+            pinned=self.pinned,
+            rank=self.rank,
+            modules=list(self.modules),
+            num_bytes=self.num_bytes,
+            created=self.created,
+        )
+
+
+class AdapterCache:
+    """Names, generations, references, chunk ids and host places."""
+
+    def __init__(self, *, num_chunks: int, max_per_batch: int, max_loaded: int, policy: str = "lru") -> None:
+        """num_chunks: of the device pool. max_loaded: adapters in host memory. policy: lru or fifo, on the device."""
+        self._num_chunks = num_chunks
+        self._max_per_batch = max_per_batch
+        self._max_loaded = max_loaded
+        self._policy = policy
+        self._names: dict[str, int] = {}
+        self._adapters: dict[int, Adapter] = {}
+        self._free_chunks = list(range(num_chunks))
+        self._device: OrderedDict[int, None] = OrderedDict()  # generations on the device, the first to go first
+        self._host: OrderedDict[int, None] = OrderedDict()  # generations in host memory, least recently used first
+        self._last_generation = 0
+
+    # ------------------------------------------------------------------------------------------ names, generations
+
+    @property
+    def last_generation(self) -> int:
+        return self._last_generation
+
+    def named(self, name: str) -> Adapter | None:
+        """The generation that answers under a name."""
+        generation = self._names.get(name)
+        return None if generation is None else self._adapters[generation]
+
+    def get(self, generation: int) -> Adapter | None:
+        """A generation of which something is left."""
+        return self._adapters.get(generation)
+
+    def adapters(self) -> list[Adapter]:
+        """Every generation of which something is left, oldest first."""
+        return list(self._adapters.values())
+
+    def check(self, name: str, rank: int, num_chunks: int, pinned: bool) -> Error | None:
+        """Why an adapter of this size cannot be published under a name, or None."""
+        replaced = self._names.get(name)
+        others = [a for a in self._adapters.values() if a.pinned and a.generation != replaced]
+        if pinned and len(others) >= self._max_per_batch - 1:
+            return _limit(
+                f"adapter '{name}' cannot be pinned: {len(others)} are, and at most --max-loras-per-batch minus one"
+                f" = {self._max_per_batch - 1} may be, so that a place is left for the rest. Load it unpinned, unload"
+                " a pinned adapter, or start with a larger --max-loras-per-batch",
+                "pinned",
+            )
+        num_pinned = sum(a.num_chunks for a in others) + pinned * num_chunks
+        loose = [a.num_chunks for a in self._adapters.values() if a not in others]
+        if num_pinned + max(loose if pinned else [*loose, num_chunks], default=0) > self._num_chunks:
+            return _limit(
+                f"adapter '{name}' of rank {rank} does not fit: it takes {num_chunks} chunks, and the device pool of"
+                f" {self._num_chunks} must hold all pinned adapters and the largest other at once",
+                "lora_path",
+            )
+        if len(self._adapters) >= MAX_ADAPTERS:
+            return _limit(f"at most {MAX_ADAPTERS} adapters can be loaded", "lora_name")
+        return None
+
+    def publish(
+        self,
+        name: str,
+        *,
+        digest: str,
+        source: str,
+        rank: int,
+        modules: tuple[str, ...],
+        num_bytes: int,
+        num_chunks: int,
+        pinned: bool,
+        created: int,
+    ) -> tuple[Adapter, Adapter | None]:
+        """Binds a name to new content: the new generation, and the one that the name has left. `check` comes first."""
+        self._last_generation += 1
+        adapter = Adapter(
+            generation=self._last_generation,
+            name=name,
+            digest=digest,
+            source=source,
+            rank=rank,
+            modules=modules,
+            num_bytes=num_bytes,
+            num_chunks=num_chunks,
+            pinned=pinned,
+            created=created,
+        )
+        old = self.named(name)
+        self._adapters[adapter.generation] = adapter
+        self._names[name] = adapter.generation
+        if old is not None:
+            self._drain(old)
+        return adapter, old
+
+    def withdraw(self, name: str) -> Adapter | None:
+        """Takes a name away at once; its generation drains. None if nothing has that name."""
+        adapter = self.named(name)
+        if adapter is not None:
+            del self._names[name]
+            adapter.unloaded = True
+            self._drain(adapter)
+        return adapter
+
+    def retain(self, adapter: Adapter) -> None:
+        """One more unfinished sequence is bound to the generation."""
+        adapter.num_sequences += 1
+
+    def let_go(self, adapter: Adapter) -> bool:
+        """One less; true if that was the end of a draining generation."""
+        adapter.num_sequences -= 1
+        if adapter.state is AdapterState.DRAINING and not adapter.num_sequences:
+            self._remove(adapter)
+            return True
+        return False
+
+    def _drain(self, adapter: Adapter) -> None:
+        adapter.state, adapter.pinned = AdapterState.DRAINING, False
+        if not adapter.num_sequences:
+            self._remove(adapter)
+
+    def _remove(self, adapter: Adapter) -> None:
+        adapter.state = AdapterState.REMOVED
+        self._leave_device(adapter)
+        self.drop_from_host(adapter)
+        del self._adapters[adapter.generation]
+
+    # -------------------------------------------------------------------------------------------------- device
+
+    def has_room(self, adapter: Adapter) -> bool:
+        """Whether `place` would find room."""
+        return self._victims(adapter.num_chunks) is not None
+
+    def _victims(self, num_chunks: int) -> list[Adapter] | None:
+        victims: list[Adapter] = []
+        num_free = len(self._free_chunks)
+        for generation in self._device:
+            if num_free >= num_chunks:
+                break
+            other = self._adapters[generation]
+            if other.idle:
+                victims.append(other)
+                num_free += other.num_chunks
+        return victims if num_free >= num_chunks else None
+
+    def place(self, adapter: Adapter) -> list[Adapter] | None:
+        """Gives an adapter its chunks; returns the idle ones that had to leave for it, or None if there is no room."""
+        victims = self._victims(adapter.num_chunks)
+        if victims is None:
+            return None
+        for victim in victims:
+            self._leave_device(victim)
+        adapter.chunk_ids = tuple(self._free_chunks.pop() for _ in range(adapter.num_chunks))
+        self._device[adapter.generation] = None
+        return victims
+
+    def unplace(self, adapter: Adapter) -> None:
+        """Takes the chunks back from an adapter that did not reach the device."""
+        self._leave_device(adapter)
+
+    def hold(self, adapter: Adapter) -> None:
+        """One more running sequence needs the adapter where it is."""
+        assert adapter.chunk_ids
+        adapter.num_running += 1
+        if self._policy == "lru":
+            self._device.move_to_end(adapter.generation)
+
+    def unhold(self, adapter: Adapter) -> None:
+        """One less."""
+        adapter.num_running -= 1
+
+    def _leave_device(self, adapter: Adapter) -> None:
+        self._free_chunks.extend(adapter.chunk_ids)
+        adapter.chunk_ids = ()
+        self._device.pop(adapter.generation, None)
+
+    # ---------------------------------------------------------------------------------------------------- host
+
+    def add_to_host(self, adapter: Adapter) -> list[Adapter]:
+        """The content is in host memory now; returns those whose content must leave it."""
+        adapter.in_host = True
+        self._host[adapter.generation] = None
+        self._host.move_to_end(adapter.generation)
+        leaving: list[Adapter] = []
+        others = [self._adapters[generation] for generation in self._host]
+        for other in sorted(others, key=lambda other: other.num_sequences > other.num_running):  # wanted ones last
+            if len(self._host) - len(leaving) <= self._max_loaded:
+                break
+            if other is not adapter and not other.pinned:
+                leaving.append(other)
+        for other in leaving:
+            self.drop_from_host(other)
+        return leaving
+
+    def touch(self, adapter: Adapter) -> None:
+        """The adapter was used."""
+        if adapter.in_host:
+            self._host.move_to_end(adapter.generation)
+
+    def drop_from_host(self, adapter: Adapter) -> None:
+        """The content left host memory."""
+        adapter.in_host = False
+        self._host.pop(adapter.generation, None)
+
+    # --------------------------------------------------------------------------------------------------- audit
+
+    def check_integrity(self) -> None:
+        """Asserts that the books agree with each other."""
+        used = [chunk_id for adapter in self._adapters.values() for chunk_id in adapter.chunk_ids]
+        assert sorted(used + self._free_chunks) == list(range(self._num_chunks))
+        assert set(self._device) == {a.generation for a in self._adapters.values() if a.chunk_ids}
+        assert set(self._host) == {a.generation for a in self._adapters.values() if a.in_host}
+        assert len(self._host) <= self._max_loaded
+        assert sum(a.pinned for a in self._adapters.values()) <= self._max_per_batch - 1
+        for name, generation in self._names.items():
+            assert self._adapters[generation].name == name
+        for adapter in self._adapters.values():
+            named = self._names.get(adapter.name) == adapter.generation
+            assert adapter.state is (AdapterState.READY if named else AdapterState.DRAINING)
+            assert named or adapter.num_sequences > 0
+            assert 0 <= adapter.num_running <= adapter.num_sequences
+            assert len(adapter.chunk_ids) in (0, adapter.num_chunks)
+            assert adapter.chunk_ids or not adapter.num_running
+
+
+def _limit(message: str, param: str) -> Error:
+    return Error(ErrorCode.ADAPTER_LIMIT, message, param)

@@ -1,0 +1,90 @@
+"""AdapterLoader: from a source to a packed adapter, with everything checked on the way. Runs on loader threads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from worker.adapter_config import CONFIG_FILE, beyond_limit, invalid, parse_config
+from worker.adapter_source import AdapterSources
+from worker.adapter_store import MAX_JSON_BYTES, AdapterStore
+from worker.adapter_targets import Place, Target, find_targets
+from worker.adapter_tensors import MAX_HEADER_BYTES, read_weights
+from worker.adapter_weights import PackedAdapter, pack_adapter
+from worker.chunk_layout import CHUNK_RANK, MODULES, ChunkLayout
+
+BYTES_PER_ELEMENT = 4  # float32, the widest that an adapter may be stored in
+LARGEST_SCALE = float(torch.finfo(torch.float32).max)
+SMALLEST_SCALE = float(torch.finfo(torch.float32).tiny)
+
+
+class LayoutSource(Protocol):
+    """What the loader must know of a model."""
+
+    def chunk_layout(self) -> ChunkLayout: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLimits:
+    """What an adapter may be at most."""
+
+    max_chunks: int  # of the pool
+    max_lora_rank: int | None = None  # None: what max_chunks allow
+    target_modules: frozenset[str] = frozenset(MODULES)
+
+    @property
+    def max_rank(self) -> int:
+        return min(self.max_chunks * CHUNK_RANK, self.max_lora_rank or self.max_chunks * CHUNK_RANK)
+
+
+class AdapterLoader:
+    """Loads adapters for one model. Threads may share it."""
+
+    def __init__(
+        self,
+        model: LayoutSource,
+        dtype: torch.dtype,
+        limits: AdapterLimits,
+        store_dir: Path,
+        roots: Sequence[Path] = (),
+        hub_allow: Sequence[str] = (),
+    ) -> None:
+        """roots and hub_allow (patterns of hub ids) say what a source that is not trusted may name."""
+        self._layout = model.chunk_layout()
+        self._dtype = dtype
+        self._limits = limits
+        self._store = AdapterStore(store_dir)
+        self._sources = AdapterSources(roots, hub_allow)
+        # A file larger than all its tensors could be is refused before it is read.
+        self._max_bytes = (
+            MAX_HEADER_BYTES + MAX_JSON_BYTES + BYTES_PER_ELEMENT * limits.max_chunks * self._layout.chunk_size
+        )
+
+    def load(self, source: str, trusted: bool) -> PackedAdapter:
+        """The adapter at a source; trusted sources are the operator's own. Raises AdapterError."""
+        return self.reload(self._store.put(self._sources.find(source, trusted, self._max_bytes), self._max_bytes))
+
+    def reload(self, digest: str) -> PackedAdapter:
+        """The adapter of this digest once more, whatever has become of its source. Raises AdapterError."""
+        directory = self._store.get(digest)
+        config = parse_config((directory / CONFIG_FILE).read_bytes())
+        targets = find_targets(config, self._layout.num_layers)
+        self._check_limits(targets)
+        weights = read_weights(directory, targets, self._layout, self._dtype)
+        return pack_adapter(self._layout, weights, self._dtype, digest)
+
+    def _check_limits(self, targets: dict[Place, Target]) -> None:
+        rank = max(target.rank for target in targets.values())
+        if rank > self._limits.max_rank:
+            flag = " (--max-lora-rank)" if self._limits.max_rank == self._limits.max_lora_rank else ""
+            raise beyond_limit(f"{CONFIG_FILE}: r: the rank {rank} is above the limit of {self._limits.max_rank}{flag}")
+        outside = sorted({module for _, module in targets} - self._limits.target_modules)
+        if outside:
+            allowed = ", ".join(sorted(self._limits.target_modules))
+            raise beyond_limit(
+                f"{CONFIG_FILE}: target_modules: {', '.join(outside)} is not among --lora-target-modules ({allowed})"
+            )
+        if not all(SMALLEST_SCALE <= target.scale <= LARGEST_SCALE for target in targets.values()):
+            raise invalid(f"{CONFIG_FILE}: lora_alpha: the scale is out of float32's range")

@@ -1,0 +1,47 @@
+"""The adapter pool: the chunks of all resident adapters in one tensor on the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worker.adapter_weights import PackedAdapter
+from worker.chunk_layout import ChunkLayout
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentAdapter:
+    """Where an adapter generation lies in the pool."""
+
+    chunk_ids: tuple[int, ...]  # rows of AdapterPool.chunks
+    scales: Tensor  # float32 [num_layers, len(MODULES)], on the pool's device
+
+
+class AdapterPool:
+    """Chunks on the device, by adapter generation. Which chunks are free is the adapter cache's business."""
+
+    def __init__(self, layout: ChunkLayout, num_chunks: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.layout = layout
+        self.chunks = torch.zeros(num_chunks, layout.chunk_size, dtype=dtype, device=device)
+        self._residents: dict[int, ResidentAdapter] = {}
+        self._owners: dict[int, int] = {}  # chunk id → generation
+
+    def upload(self, generation: int, packed: PackedAdapter, chunk_ids: Sequence[int]) -> None:
+        """Copy an adapter into the given free chunks, which become its own until remove."""
+        assert generation not in self._residents
+        assert len(chunk_ids) == len(packed.chunks) == len(set(chunk_ids))
+        assert not self._owners.keys() & set(chunk_ids), "a chunk belongs to another adapter"
+        for chunk_id, chunk in zip(chunk_ids, packed.chunks, strict=True):
+            self.chunks[chunk_id].copy_(chunk)
+        self._owners.update(dict.fromkeys(chunk_ids, generation))
+        self._residents[generation] = ResidentAdapter(tuple(chunk_ids), packed.scales.to(self.chunks.device))
+
+    def remove(self, generation: int) -> None:
+        """Forget an adapter; its chunks may be given to another."""
+        for chunk_id in self._residents.pop(generation).chunk_ids:
+            del self._owners[chunk_id]
+
+    def resident(self, generation: int) -> ResidentAdapter:
+        """The place of an uploaded adapter. KeyError if it is not in the pool: never the base model in silence."""
+        return self._residents[generation]

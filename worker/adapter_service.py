@@ -1,0 +1,335 @@
+"""AdapterService: adapter commands carried out, and adapters brought to the device when sequences need them.
+
+Everything here runs on the engine thread; reading and checking content runs in the background and comes back as a
+message. What a load does to others happens in one place, `_publish`: the order of those moments is the order of loads.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from protocol.errors import Error, ErrorCode
+from protocol.messages import AdapterChanged, AdapterReply, AdapterState, LoadAdapter, UnloadAdapter
+from worker.adapter_cache import Adapter, AdapterCache
+from worker.background import Background
+from worker.mailbox import Outbox, Owner
+from worker.scheduler import Admission
+
+if TYPE_CHECKING:
+    from worker.adapter_loader import AdapterLoader
+    from worker.adapter_pool import AdapterPool
+    from worker.adapter_weights import PackedAdapter
+
+log = logging.getLogger(__name__)
+
+MAX_LOADS = 256  # adapter loads at work or waiting for a loader thread
+
+
+@dataclass(slots=True, frozen=True)
+class Waiter:
+    """Whom a reply goes to."""
+
+    owner: Owner
+    request_id: int
+    deadline_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Load:
+    """A load at work, and everyone who asked for exactly it."""
+
+    command: LoadAdapter
+    last_generation: int  # when it began
+    waiters: list[Waiter] = field(default_factory=list)
+
+
+@dataclass(slots=True, frozen=True)
+class Failure:
+    """Sequences of a generation that must end with an error; the engine carries it out."""
+
+    generation: int
+    error: Error
+    waiting_only: bool
+
+
+class AdapterService:
+    """The adapters of this worker: loads, replaces, unloads, uploads."""
+
+    def __init__(
+        self,
+        cache: AdapterCache,
+        pool: "AdapterPool",
+        loader: "AdapterLoader",
+        outbox: Outbox,
+        loads: Background,
+        reloads: Background,
+        *,
+        base_names: frozenset[str],
+        enabled: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """reloads has threads of its own, so that a slow download under `loads` delays no request."""
+        self.cache = cache
+        self.num_loads = 0
+        self.num_uploads = 0
+        self._pool = pool
+        self._loader = loader
+        self._outbox = outbox
+        self._background = loads
+        self._reload_background = reloads
+        self._base_names = base_names
+        self._enabled = enabled
+        self._clock = clock
+        self._host: dict[int, PackedAdapter] = {}
+        self._uploaded: set[int] = set()
+        self._loads: dict[tuple[object, ...], Load] = {}
+        self._reloading: set[int] = set()
+        self._unloads: dict[int, list[Waiter]] = {}  # by generation
+        self._failures: list[Failure] = []
+
+    # ------------------------------------------------------------------------------------------- sequences
+
+    def bind(self, generation: int) -> Adapter | Error:
+        """Holds a generation for a new sequence, to its end."""
+        adapter = self.cache.get(generation)
+        if adapter is None or adapter.unloaded:
+            code = ErrorCode.ADAPTER_GONE if self._enabled else ErrorCode.LORA_DISABLED
+            return Error(code, "the adapter was unloaded" if self._enabled else "LoRA is not enabled", "model")
+        self.cache.retain(adapter)
+        return adapter
+
+    def unbind(self, generation: int) -> None:
+        """Undoes one bind."""
+        adapter = self.cache.get(generation)
+        assert adapter is not None
+        if self.cache.let_go(adapter):
+            self._changed(adapter)
+
+    def acquire(self, generation: int) -> Admission:
+        """For the scheduler: see AdapterResidency."""
+        adapter = self.cache.get(generation)
+        assert adapter is not None
+        if not adapter.chunk_ids:
+            if not self.cache.has_room(adapter):
+                return Admission.FULL
+            packed = self._host.get(generation)
+            if packed is None:
+                self._reload(adapter)
+                return Admission.LOADING
+            if not self._upload(adapter, packed):
+                return Admission.LOADING
+        self.cache.hold(adapter)
+        self.cache.touch(adapter)
+        return Admission.GRANTED
+
+    def release(self, generation: int) -> None:
+        """For the scheduler: see AdapterResidency."""
+        adapter = self.cache.get(generation)
+        assert adapter is not None
+        self.cache.unhold(adapter)
+
+    def names_of(self, generations: set[int]) -> list[str]:
+        """The names of some generations, base left out."""
+        adapters = (self.cache.get(generation) for generation in generations)
+        return sorted({adapter.name for adapter in adapters if adapter is not None})
+
+    def take_failures(self) -> list[Failure]:
+        """Sequences to fail, said once."""
+        failures, self._failures = self._failures, []
+        return failures
+
+    def _upload(self, adapter: Adapter, packed: "PackedAdapter") -> bool:
+        victims = self.cache.place(adapter)
+        assert victims is not None
+        for victim in victims:
+            self._remove_from_pool(victim)
+        try:
+            self._pool.upload(adapter.generation, packed, adapter.chunk_ids)
+        except Exception:
+            log.exception("adapter %s could not be copied to the device", adapter.name)
+            self.cache.unplace(adapter)
+            error = Error(ErrorCode.INTERNAL, "the adapter could not be copied to the device")
+            self._failures.append(Failure(adapter.generation, error, waiting_only=True))
+            return False
+        self._uploaded.add(adapter.generation)
+        self.num_uploads += 1
+        return True
+
+    def _remove_from_pool(self, adapter: Adapter) -> None:
+        if adapter.generation in self._uploaded:
+            self._uploaded.discard(adapter.generation)
+            self._pool.remove(adapter.generation)
+
+    # ----------------------------------------------------------------------------------------------- loads
+
+    def load(self, owner: Owner, command: LoadAdapter) -> None:
+        """Loads in the background; the reply follows."""
+        waiter = Waiter(owner, command.request_id)
+        key = (command.name, command.source, command.pinned, command.replace, command.expected_generation)
+        if key in self._loads:  # the same again, while the first is at work: one load, one outcome
+            self._loads[key].waiters.append(waiter)
+            return
+        error = self._refuse(command)
+        if error is None and len(self._loads) >= MAX_LOADS:
+            error = Error(ErrorCode.OVERLOADED, f"{MAX_LOADS} adapter loads are at work already")
+        if error is not None:
+            self._reply([waiter], error)
+            return
+        self._loads[key] = Load(command, self.cache.last_generation, [waiter])
+        job = partial(self._loader.load, command.source, trusted=False)
+        self._background.submit(job, partial(self._loaded, key))
+
+    def load_now(self, name: str, source: str, pinned: bool) -> Error | None:
+        """Loads an adapter of the operator's own list, before the worker serves."""
+        command = LoadAdapter(request_id=0, name=name, source=source, pinned=pinned)
+        error = self._refuse(command)
+        if error is not None:
+            return error
+        try:
+            packed = self._loader.load(source, trusted=True)
+        except Exception as exception:
+            return _as_error(exception)
+        outcome = self._publish(command, packed)
+        return outcome if isinstance(outcome, Error) else None
+
+    def _loaded(self, key: tuple[object, ...], result: "PackedAdapter | Exception") -> None:
+        load = self._loads.pop(key)
+        if isinstance(result, Exception):
+            self._reply(load.waiters, _as_error(result))
+            return
+        holder = self.cache.named(load.command.name)
+        is_twin = holder is not None and holder.generation > load.last_generation and holder.digest == result.digest
+        if holder is not None and is_twin and not load.command.replace and holder.pinned == load.command.pinned:
+            self._reply(load.waiters, holder)  # the same content came under the same name meanwhile
+            return
+        self._reply(load.waiters, self._refuse(load.command) or self._publish(load.command, result))
+
+    def _publish(self, command: LoadAdapter, packed: "PackedAdapter") -> Adapter | Error:
+        num_chunks = len(packed.chunks)
+        error = self.cache.check(command.name, packed.rank, num_chunks, command.pinned)
+        if error is not None:
+            return error
+        adapter, old = self.cache.publish(
+            command.name,
+            digest=packed.digest,
+            source=command.source,
+            rank=packed.rank,
+            modules=packed.modules,
+            num_bytes=packed.num_bytes,
+            num_chunks=num_chunks,
+            pinned=command.pinned,
+            created=int(time.time()),
+        )
+        self.num_loads += 1
+        if old is not None:
+            self._forget_removed(old)  # before its chunks can go to anyone
+        self._keep_in_host(adapter, packed)
+        if adapter.pinned and self.cache.has_room(adapter):
+            self._upload(adapter, packed)
+        self._changed(adapter)
+        if old is not None:
+            self._changed(old)
+        return adapter
+
+    def _refuse(self, command: LoadAdapter) -> Error | None:
+        """Why the name cannot be loaded as things stand."""
+        name, holder = command.name, self.cache.named(command.name)
+        if not self._enabled:
+            return Error(ErrorCode.LORA_DISABLED, "LoRA is not enabled; start the worker with --enable-lora")
+        if name in self._base_names:
+            return Error(ErrorCode.ADAPTER_EXISTS, f"'{name}' is a name of the base model", "lora_name")
+        if command.expected_generation is not None:
+            found = holder.generation if holder else None
+            if found != command.expected_generation:
+                message = f"'{name}' is at generation {found}, not {command.expected_generation}"
+                return Error(ErrorCode.ADAPTER_CONFLICT, message, "expected_generation")
+        if holder is not None and not command.replace:
+            return Error(ErrorCode.ADAPTER_EXISTS, f"an adapter '{name}' is already loaded", "lora_name")
+        return None
+
+    def _reload(self, adapter: Adapter) -> None:
+        if adapter.generation not in self._reloading:
+            self._reloading.add(adapter.generation)
+            job = partial(self._loader.reload, adapter.digest)
+            self._reload_background.submit(job, partial(self._reloaded, adapter))
+
+    def _reloaded(self, adapter: Adapter, result: "PackedAdapter | Exception") -> None:
+        self._reloading.discard(adapter.generation)
+        if adapter.state is AdapterState.REMOVED:
+            return
+        if isinstance(result, Exception) or result.digest != adapter.digest:
+            log.error("adapter %s could not be read again: %s", adapter.name, result)
+            error = Error(ErrorCode.ADAPTER_INVALID, f"the content of adapter '{adapter.name}' was lost; load it again")
+            self._failures.append(Failure(adapter.generation, error, waiting_only=True))
+            return
+        self._keep_in_host(adapter, result)
+
+    def _keep_in_host(self, adapter: Adapter, packed: "PackedAdapter") -> None:
+        self._host[adapter.generation] = packed
+        for leaving in self.cache.add_to_host(adapter):
+            del self._host[leaving.generation]
+
+    # --------------------------------------------------------------------------------------------- unloads
+
+    def unload(self, owner: Owner, command: UnloadAdapter) -> None:
+        """Takes the name away now; the reply follows when the streams are done, or when the command's time is up."""
+        waiter = Waiter(owner, command.request_id, self._clock() + command.timeout_ms / 1000)
+        adapter = self.cache.withdraw(command.name)
+        if adapter is None:
+            error = Error(ErrorCode.ADAPTER_NOT_FOUND, f"no adapter '{command.name}' is loaded", "lora_name")
+            self._reply([waiter], error)
+            return
+        self._unloads[adapter.generation] = [waiter]
+        self._changed(adapter)
+        if adapter.state is not AdapterState.REMOVED and command.force:
+            error = Error(ErrorCode.ADAPTER_GONE, f"the adapter '{command.name}' was unloaded")
+            self._failures.append(Failure(adapter.generation, error, waiting_only=False))
+
+    def expire(self) -> None:
+        """Answers unloads that have waited long enough; their streams go on."""
+        now = self._clock()
+        for generation, waiters in list(self._unloads.items()):
+            due = [waiter for waiter in waiters if waiter.deadline_s <= now]
+            adapter = self.cache.get(generation)
+            assert adapter is not None
+            if due:
+                self._reply(due, adapter)
+                self._unloads[generation] = [waiter for waiter in waiters if waiter not in due]
+                if not self._unloads[generation]:
+                    del self._unloads[generation]
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When `expire` will have something to do."""
+        return min((waiter.deadline_s for waiters in self._unloads.values() for waiter in waiters), default=None)
+
+    # --------------------------------------------------------------------------------------------- telling
+
+    def _changed(self, adapter: Adapter) -> None:
+        self._forget_removed(adapter)
+        self._outbox.broadcast(AdapterChanged(adapter=adapter.info()))
+        if adapter.state is AdapterState.REMOVED:
+            self._reply(self._unloads.pop(adapter.generation, []), adapter)
+
+    def _forget_removed(self, adapter: Adapter) -> None:
+        if adapter.state is AdapterState.REMOVED:
+            self._host.pop(adapter.generation, None)
+            self._remove_from_pool(adapter)
+
+    def _reply(self, waiters: list[Waiter], outcome: Adapter | Error) -> None:
+        error = outcome if isinstance(outcome, Error) else None
+        info = None if isinstance(outcome, Error) else outcome.info()
+        for waiter in waiters:
+            self._outbox.send(waiter.owner, AdapterReply(request_id=waiter.request_id, adapter=info, error=error))
+
+
+def _as_error(exception: Exception) -> Error:
+    """The error that a loader's exception carries; anything else is our fault and says nothing of its inside."""
+    error = getattr(exception, "error", None)
+    if isinstance(error, Error):
+        return error
+    log.error("an adapter load failed unexpectedly", exc_info=exception)
+    return Error(ErrorCode.INTERNAL, "the adapter could not be loaded because of an internal error")

@@ -1,0 +1,361 @@
+"""Engine: the loop. Everything it owns is touched by its own thread only; messages come and go through queues."""
+
+import logging
+import queue
+import secrets
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from protocol.bounds import check_generate
+from protocol.errors import Error, ErrorCode
+from protocol.messages import (
+    BASE_GENERATION,
+    AdapterReply,
+    FinishReason,
+    Generate,
+    LoadAdapter,
+    ModelCard,
+    Output,
+    TokenLogprobs,
+    WorkerStatus,
+)
+from worker.adapter_service import AdapterService, Failure
+from worker.block_manager import BlockManager
+from worker.mailbox import Admin, Cancel, CancelAll, JobDone, Mail, Message, Outbox, Owner, Start, Stop
+from worker.scheduler import Scheduler
+from worker.sequence import Sample, ScheduledSequence, Sequence
+
+log = logging.getLogger(__name__)
+
+Outcome = Sample | Error | None  # of one sequence in one step; None where the prompt is not through yet
+
+
+class Runner(Protocol):
+    """What computes a step: see ModelRunner."""
+
+    def run(self, batch: list[ScheduledSequence]) -> list[Sample]:
+        """One Sample for each entry with `samples`, in order."""
+
+
+class Engine:
+    """Commands in, tokens out."""
+
+    def __init__(
+        self,
+        model: ModelCard,
+        runner: Runner,
+        scheduler: Scheduler,
+        blocks: BlockManager,
+        adapters: AdapterService,
+        inbox: "queue.SimpleQueue[Message]",
+        outbox: Outbox,
+        send: Callable[[Mail], None],
+        *,
+        max_loras_per_batch: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """send hands a step's events to the I/O thread; it never blocks."""
+        self._model = model
+        self._runner = runner
+        self._scheduler = scheduler
+        self._blocks = blocks
+        self._adapters = adapters
+        self._inbox = inbox
+        self._outbox = outbox
+        self._send = send
+        self._max_loras_per_batch = max_loras_per_batch
+        self._clock = clock
+        self._sequences: dict[Owner, dict[int, Sequence]] = {}  # unfinished, by session and request id
+        self._last_sequence_id = 0
+        self._num_steps = 0
+        self._step_started_s: float | None = None  # of the step at work
+        self._num_prompt_tokens = 0
+        self._num_generation_tokens = 0
+        self._stop_at_s: float | None = None
+        self._status = self._describe()
+
+    def run(self) -> None:
+        """Steps until a Stop has been taken and its grace is over or used up."""
+        while self._stop_at_s is None or (self._sequences and self._clock() < self._stop_at_s):
+            try:
+                self.step()
+            except Exception:  # a defect of ours; whoever was in it fails, the process goes on
+                log.exception("step %d failed", self._num_steps)
+                self._fail_all(Error(ErrorCode.INTERNAL, "the worker's step failed"))
+        self._fail_all(Error(ErrorCode.WORKER_LOST, "the worker was stopped"))
+
+    def step(self) -> None:
+        """Takes commands, schedules, runs, collects, sends."""
+        self._take_messages()
+        batch = self._schedule()
+        outcomes = self._run(batch)
+        self._collect(batch, outcomes)
+        self._flush()
+
+    # ----------------------------------------------------------------------------------------------- commands
+
+    def _take_messages(self) -> None:
+        """Everything that has come; waits for it when there is nothing else to do."""
+        try:
+            if not self._scheduler.running and not self._scheduler.waiting:
+                self._handle_safely(self._inbox.get(timeout=self._idle_s()))
+            elif not self._scheduler.running:  # those that wait need something that comes by message, or in time
+                self._handle_safely(self._inbox.get(timeout=0.005))
+            for _ in range(self._inbox.qsize()):  # what comes meanwhile is for the next step
+                self._handle_safely(self._inbox.get_nowait())
+        except queue.Empty:
+            pass
+        self._adapters.expire()
+        self._apply_failures()
+
+    def _idle_s(self) -> float | None:
+        times = [t for t in (self._adapters.next_deadline_s, self._stop_at_s) if t is not None]
+        return max(0.0, min(times) - self._clock()) if times else None
+
+    def _handle_safely(self, message: Message) -> None:
+        """A message that breaks its handler fails alone."""
+        try:
+            self._handle(message)
+        except Exception:
+            log.exception("a %s failed", type(message).__name__)
+            error = Error(ErrorCode.INTERNAL, "the worker failed on this command")
+            if isinstance(message, Start):
+                self._fail_request(message.owner, message.command.request_id, error)
+            elif isinstance(message, Admin):
+                self._outbox.send(message.owner, AdapterReply(request_id=message.command.request_id, error=error))
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Start(owner, command):
+                self._start(owner, command)
+            case Cancel(owner, request_id):
+                sequence = self._sequences.get(owner, {}).get(request_id)
+                if sequence is not None:
+                    self._end(sequence)
+            case CancelAll(owner):
+                for sequence in list(self._sequences.get(owner, {}).values()):
+                    self._end(sequence)
+            case Admin(owner, command):
+                if isinstance(command, LoadAdapter):
+                    self._adapters.load(owner, command)
+                else:
+                    self._adapters.unload(owner, command)
+            case JobDone(done, result):
+                done(result)
+            case Stop(grace_s):
+                stop_at_s = self._clock() + grace_s
+                self._stop_at_s = min(stop_at_s, self._stop_at_s or stop_at_s)
+
+    def _start(self, owner: Owner, command: Generate) -> None:
+        request_id, namespace = command.request_id, command.cache_salt.encode()
+        error = check_generate(command, self._model)
+        if error is None and self._stop_at_s is not None:
+            error = Error(ErrorCode.OVERLOADED, "the worker is shutting down")
+        if error is not None:
+            self._refuse(owner, request_id, error)
+            return
+        if command.generation != BASE_GENERATION:
+            adapter = self._adapters.bind(command.generation)
+            if isinstance(adapter, Error):
+                self._refuse(owner, request_id, adapter)
+                return
+            namespace = adapter.digest.encode() + b"\0" + namespace
+        self._last_sequence_id += 1
+        seed = command.sampling.seed
+        sequence = Sequence(
+            sequence_id=self._last_sequence_id,
+            token_ids=list(command.prompt_token_ids),
+            num_prompt_tokens=len(command.prompt_token_ids),
+            sampling=command.sampling,
+            seed=secrets.randbits(63) if seed is None else seed,
+            generation=command.generation,
+            namespace=namespace,
+            owner=(owner, request_id),
+            arrival_s=self._clock(),
+        )
+        error = self._scheduler.add(sequence)
+        if error is not None:
+            if command.generation != BASE_GENERATION:
+                self._adapters.unbind(command.generation)
+            self._refuse(owner, request_id, error)
+            return
+        self._sequences.setdefault(owner, {})[request_id] = sequence
+
+    # --------------------------------------------------------------------------------------------------- step
+
+    def _schedule(self) -> list[ScheduledSequence]:
+        batch = self._scheduler.schedule()
+        self._apply_failures()  # of adapters that could not come to the device; their sequences still wait
+        return batch
+
+    def _run(self, batch: list[ScheduledSequence]) -> list[Outcome]:
+        """The model's word on each sequence of the batch. What fails the batch is looked for one by one."""
+        if not batch:
+            return []
+        self._num_steps += 1
+        self._step_started_s = self._clock()
+        try:
+            return self._run_together(batch)
+        except Exception:
+            log.exception("step %d failed with %d sequences; running them one by one", self._num_steps, len(batch))
+            return [self._run_alone(scheduled) for scheduled in batch]
+        finally:
+            self._step_started_s = None
+
+    def _run_together(self, batch: list[ScheduledSequence]) -> list[Outcome]:
+        samples = self._runner.run(batch)
+        expected = [scheduled.samples for scheduled in batch]
+        if len(samples) != sum(expected):
+            raise RuntimeError(f"{len(samples)} samples for {sum(expected)} sequences")
+        remaining = iter(samples)
+        return [_checked(next(remaining)) if sampled else None for sampled in expected]
+
+    def _run_alone(self, scheduled: ScheduledSequence) -> Outcome:
+        try:
+            return self._run_together([scheduled])[0]
+        except Exception:
+            log.exception("sequence %d failed alone", scheduled.sequence.sequence_id)
+            return Error(ErrorCode.INTERNAL, "the model failed on this sequence")
+
+    def _collect(self, batch: list[ScheduledSequence], outcomes: list[Outcome]) -> None:
+        for scheduled, outcome in zip(batch, outcomes, strict=True):
+            sequence = scheduled.sequence
+            if isinstance(outcome, Error):
+                self._end(sequence, outcome)
+                continue
+            self._num_prompt_tokens += min(scheduled.num_tokens, self._prompt_tokens_left(sequence))
+            self._scheduler.collect(scheduled)
+            if outcome is not None:
+                self._append(sequence, outcome)
+        self._status = self._describe()
+
+    @staticmethod
+    def _prompt_tokens_left(sequence: Sequence) -> int:
+        return max(0, sequence.num_prompt_tokens - sequence.num_computed_tokens)
+
+    def _append(self, sequence: Sequence, sample: Sample) -> None:
+        offset = sequence.num_output_tokens
+        sequence.token_ids.append(sample.token_id)
+        self._num_generation_tokens += 1
+        reason, stop_token_id = self._finish_reason(sequence)
+        logprobs = None
+        if sequence.sampling.logprobs is not None and sample.logprob is not None:
+            logprobs = [TokenLogprobs(sample.logprob, list(sample.top))]
+        owner, request_id = _origin(sequence)
+        output = Output(
+            request_id=request_id,
+            offset=offset,
+            token_ids=[sample.token_id],
+            logprobs=logprobs,
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            cached_tokens=0 if offset else sequence.num_cached_tokens,
+        )
+        self._outbox.output(owner, output)
+        if reason is not None:
+            self._end(sequence)
+
+    def _finish_reason(self, sequence: Sequence) -> tuple[FinishReason | None, int | None]:
+        """Why a sequence ends with its newest token, and the token if it was that."""
+        sampling, token_id = sequence.sampling, sequence.token_ids[-1]
+        stops = token_id in sampling.stop_token_ids
+        stops = stops or (token_id in self._model.eos_token_ids and not sampling.ignore_eos)
+        if stops and sequence.num_output_tokens > sampling.min_tokens:
+            return FinishReason.STOP, token_id
+        out_of_context = len(sequence.token_ids) >= self._model.max_model_len
+        if sequence.num_output_tokens >= sampling.max_tokens or out_of_context:
+            return FinishReason.LENGTH, None
+        return None, None
+
+    def _flush(self) -> None:
+        mail = self._outbox.take()
+        if mail:
+            self._send(mail)
+
+    # ------------------------------------------------------------------------------------------------- endings
+
+    def _end(self, sequence: Sequence, error: Error | None = None) -> None:
+        """Frees everything of a sequence; with an error, tells its owner."""
+        owner, request_id = _origin(sequence)
+        of_owner = self._sequences[owner]
+        del of_owner[request_id]
+        if not of_owner:
+            del self._sequences[owner]
+        self._scheduler.finish(sequence)
+        if sequence.generation != BASE_GENERATION:
+            self._adapters.unbind(sequence.generation)
+        if error is not None:
+            self._refuse(owner, request_id, error, sequence.num_output_tokens)
+
+    def _refuse(self, owner: Owner, request_id: int, error: Error, offset: int = 0) -> None:
+        self._outbox.output(owner, Output(request_id=request_id, offset=offset, token_ids=[], error=error))
+
+    def _fail_request(self, owner: Owner, request_id: int, error: Error) -> None:
+        sequence = self._sequences.get(owner, {}).get(request_id)
+        if sequence is not None:
+            self._end(sequence, error)
+        else:
+            self._refuse(owner, request_id, error)
+
+    def _apply_failures(self) -> None:
+        for failure in self._adapters.take_failures():
+            for sequence in self._hit_by(failure):
+                self._end(sequence, failure.error)
+
+    def _hit_by(self, failure: Failure) -> list[Sequence]:
+        candidates = [*self._scheduler.waiting, *([] if failure.waiting_only else self._scheduler.running)]
+        return [sequence for sequence in candidates if sequence.generation == failure.generation]
+
+    def _fail_all(self, error: Error) -> None:
+        for of_owner in list(self._sequences.values()):
+            for sequence in list(of_owner.values()):
+                try:
+                    self._end(sequence, error)
+                except Exception:
+                    log.exception("sequence %d could not be ended", sequence.sequence_id)
+        self._status = self._describe()
+        self._flush()
+
+    # -------------------------------------------------------------------------------------------------- status
+
+    def status(self) -> WorkerStatus:
+        """How the engine is doing, the age of the step at work included. For the I/O thread: it reads, nothing more."""
+        started_s = self._step_started_s
+        age_s = 0.0 if started_s is None else self._clock() - started_s
+        return msgspec.structs.replace(self._status, step_number=self._num_steps, step_age_ms=int(age_s * 1000))
+
+    def _describe(self) -> WorkerStatus:
+        scheduler, adapters = self._scheduler, self._adapters
+        return WorkerStatus(
+            step_number=self._num_steps,
+            step_age_ms=0,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            kv_blocks_total=self._blocks.num_blocks,
+            kv_blocks_free=self._blocks.num_free,
+            block_size=self._blocks.block_size,
+            prompt_tokens_total=self._num_prompt_tokens,
+            generation_tokens_total=self._num_generation_tokens,
+            preemptions_total=scheduler.num_preemptions,
+            prefix_cache_queries_total=scheduler.num_prefix_queries,
+            prefix_cache_hits_total=scheduler.num_prefix_hits,
+            adapter_loads_total=adapters.num_loads,
+            adapter_uploads_total=adapters.num_uploads,
+            running_adapters=adapters.names_of({s.generation for s in scheduler.running}),
+            waiting_adapters=adapters.names_of({s.generation for s in scheduler.waiting}),
+            max_loras_per_batch=self._max_loras_per_batch,
+        )
+
+
+def _checked(sample: Sample) -> Sample | Error:
+    if sample.failed:
+        return Error(ErrorCode.INTERNAL, "the model's output held values that are not numbers")
+    return sample
+
+
+def _origin(sequence: Sequence) -> tuple[Owner, int]:
+    owner: tuple[Owner, int] = sequence.owner  # type: ignore[assignment]  # set in _start
+    return owner

@@ -1,0 +1,145 @@
+"""The decoder of the Llama family: Llama, Mistral, Qwen2 and Qwen3 differ in biases, head norms and a window."""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import LoraSite, add_rms_norm, paged_attention, rms_norm, rotary, silu_and_mul, store_kv
+from worker.chunk_layout import CHUNK_RANK, MODULES, ChunkLayout
+from worker.layers.linear import Linear, linear
+from worker.layers.rotary_embedding import RotaryEmbedding
+from worker.layers.step import Step
+from worker.model_config import ModelConfig, ModelError
+
+
+class Weights(Protocol):
+    """Where a model's tensors come from: worker.weights.WeightReader."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def __contains__(self, name: str) -> bool: ...
+    def take(self, name: str, *shape: int) -> Tensor: ...
+    def merge(self, names_and_rows: list[tuple[str, int]], *row_shape: int) -> Tensor: ...
+
+
+class Attention:
+    """Grouped-query attention over the paged KV cache, with rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int, weights: Weights, layout: ChunkLayout) -> None:
+        self.layer = layer
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.eps = config.rms_norm_eps
+        prefix = f"model.layers.{layer}.self_attn."
+        outs = (config.q_size, config.kv_size, config.kv_size)
+        self.qkv_proj = _linear(weights, layout, prefix, layer, "qkv_proj", outs, config.qkv_bias)
+        self.o_proj = _linear(weights, layout, prefix, layer, "o_proj", (config.hidden_size,), config.o_bias)
+        self.q_norm = weights.take(f"{prefix}q_norm.weight", config.head_dim) if config.qk_norm else None
+        self.k_norm = weights.take(f"{prefix}k_norm.weight", config.head_dim) if config.qk_norm else None
+
+    def __call__(self, x: Tensor, cos: Tensor, signed_sin: Tensor, step: Step) -> Tensor:
+        """x [num_tokens, hidden_size] -> the same shape."""
+        num_tokens = x.shape[0]
+        qkv = self.qkv_proj(x, step.lora).view(num_tokens, -1, self.head_dim)
+        q, k = qkv[:, : self.num_heads], qkv[:, self.num_heads : -self.num_kv_heads]
+        if self.q_norm is not None and self.k_norm is not None:
+            q.copy_(rms_norm(q, self.q_norm, self.eps))
+            k.copy_(rms_norm(k, self.k_norm, self.eps))
+        rotary(qkv[:, : -self.num_kv_heads], cos, signed_sin)
+        kv = qkv[:, self.num_heads :].view(num_tokens, 2, self.num_kv_heads, self.head_dim)
+        cache = step.kv_layers[self.layer]
+        store_kv(kv, cache, step.slot_mapping)
+        out = paged_attention(q, cache, step.attention, self.head_dim**-0.5)
+        return self.o_proj(out.view(num_tokens, -1), step.lora)
+
+
+class Mlp:
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int, weights: Weights, layout: ChunkLayout) -> None:
+        prefix = f"model.layers.{layer}.mlp."
+        outs = (config.intermediate_size, config.intermediate_size)
+        self.gate_up_proj = _linear(weights, layout, prefix, layer, "gate_up_proj", outs, config.mlp_bias)
+        self.down_proj = _linear(weights, layout, prefix, layer, "down_proj", (config.hidden_size,), config.mlp_bias)
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        """x [num_tokens, hidden_size] -> the same shape."""
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x, step.lora)), step.lora)
+
+
+class DecoderLayer:
+    """Attention and MLP, each behind a norm and added to the residual."""
+
+    def __init__(self, config: ModelConfig, layer: int, weights: Weights, layout: ChunkLayout) -> None:
+        prefix = f"model.layers.{layer}."
+        self.eps = config.rms_norm_eps
+        self.attention = Attention(config, layer, weights, layout)
+        self.mlp = Mlp(config, layer, weights, layout)
+        self.input_norm = weights.take(f"{prefix}input_layernorm.weight", config.hidden_size)
+        self.post_attention_norm = weights.take(f"{prefix}post_attention_layernorm.weight", config.hidden_size)
+
+    def __call__(self, x: Tensor, residual: Tensor, cos: Tensor, signed_sin: Tensor, step: Step) -> Tensor:
+        """x: the layer before's output, not yet added to the residual, which is changed in place."""
+        x = self.attention(add_rms_norm(x, residual, self.input_norm, self.eps), cos, signed_sin, step)
+        return self.mlp(add_rms_norm(x, residual, self.post_attention_norm, self.eps), step)
+
+
+class Decoder:
+    """The whole model. Built by asking `weights` for every tensor by its checkpoint name."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        layout = config.chunk_layout()
+        self.eps = config.rms_norm_eps
+        self.embed_tokens = weights.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, layer, weights, layout) for layer in range(config.num_layers)]
+        self.norm = weights.take("model.norm.weight", config.hidden_size)
+        self.lm_head = _lm_head(config, weights, self.embed_tokens)
+        self.rotary_embedding = RotaryEmbedding(config.rope, config.head_dim, weights.dtype, weights.device)
+
+    def forward(self, token_ids: Tensor, step: Step) -> Tensor:
+        """token_ids int64 [num_tokens] -> hidden states [num_tokens, hidden_size], before the last norm."""
+        cos, signed_sin = self.rotary_embedding(step.positions)
+        x = F.embedding(token_ids, self.embed_tokens)
+        residual = torch.zeros_like(x)
+        for layer in self.layers:
+            x = layer(x, residual, cos, signed_sin, step)
+        return residual.add_(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [num_rows, hidden_size] of the rows that sample -> float32 [num_rows, vocab_size]."""
+        return linear(rms_norm(hidden, self.norm, self.eps), self.lm_head).float()
+
+
+def _linear(
+    weights: Weights, layout: ChunkLayout, prefix: str, layer: int, group: str, outs: tuple[int, ...], has_bias: bool
+) -> Linear:
+    """The linear of a group of modules, their weights merged in the group's order."""
+    place = layout.groups[group]
+    start = layer * layout.layer_size
+    site = LoraSite(
+        layer=layer,
+        first_module=MODULES.index(place.modules[0]),
+        in_features=place.in_features,
+        out_features=outs,
+        a_offset=start + place.a_offset,
+        b_offset=start + place.b_offset,
+        chunk_rank=CHUNK_RANK,
+    )
+    named = list(zip(place.modules, outs, strict=True))
+    weight = weights.merge([(f"{prefix}{module}.weight", rows) for module, rows in named], place.in_features)
+    bias = weights.merge([(f"{prefix}{module}.bias", rows) for module, rows in named]) if has_bias else None
+    return Linear(weight, bias, site)
+
+
+def _lm_head(config: ModelConfig, weights: Weights, embed_tokens: Tensor) -> Tensor:
+    """Tied checkpoints mostly leave lm_head out; one that has it must mean what it says."""
+    if config.tie_word_embeddings and "lm_head.weight" not in weights:
+        return embed_tokens
+    lm_head = weights.take("lm_head.weight", config.vocab_size, config.hidden_size)
+    if not config.tie_word_embeddings:
+        return lm_head
+    if not torch.equal(lm_head, embed_tokens):
+        raise ModelError("tie_word_embeddings is true but lm_head.weight differs from model.embed_tokens.weight")
+    return embed_tokens

@@ -1,0 +1,221 @@
+"""Scheduler: which tokens of which sequences the next step computes.
+
+Order is arrival. Running sequences that only need their next token go first and always; prompts share what the step's
+prefill budget leaves, so no answer waits for a prompt. When KV runs out, the sequence that arrived last gives its
+blocks back and is computed again later; the oldest never has to, so every sequence comes to its end.
+"""
+
+import time
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Protocol
+
+from protocol.errors import Error, ErrorCode
+from protocol.messages import BASE_GENERATION
+from worker.block_manager import BlockManager
+from worker.sequence import ScheduledSequence, Sequence, SequenceStatus
+
+
+class Admission(Enum):
+    """What the adapters say to a sequence that wants to run."""
+
+    GRANTED = auto()  # the adapter is on the device and stays there until released
+    FULL = auto()  # no room on the device until a running sequence ends
+    LOADING = auto()  # its content is being read; running sequences are not in its way
+
+
+class AdapterResidency(Protocol):
+    """What the scheduler needs of the adapters. The base model never asks."""
+
+    def acquire(self, generation: int) -> Admission:
+        """Brings the adapter to the device and holds it there for one more running sequence."""
+
+    def release(self, generation: int) -> None:
+        """Undoes one granted acquire."""
+
+
+class Scheduler:
+    """Waiting and running sequences, and the plan of each step."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        adapters: AdapterResidency,
+        *,
+        max_running: int,
+        max_prefill_tokens: int,
+        max_adapters: int,
+        max_overtake_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """max_prefill_tokens: prompt tokens in one step. max_adapters: distinct adapters in one step, base not counted.
+
+        max_overtake_s: how long later sequences may pass one that waits for a place among the adapters; after that
+        nothing new is admitted before it.
+        """
+        self.waiting: list[Sequence] = []  # by arrival
+        self.running: list[Sequence] = []  # by arrival
+        self.num_preemptions = 0
+        self.num_prefix_queries = 0  # prompt tokens looked up in the prefix cache
+        self.num_prefix_hits = 0
+        self._blocks = blocks
+        self._adapters = adapters
+        self._max_running = max_running
+        self._max_prefill_tokens = max_prefill_tokens
+        self._max_adapters = max_adapters
+        self._max_overtake_s = max_overtake_s
+        self._clock = clock
+        self._in_step: Counter[int] = Counter()  # running sequences of each adapter generation
+        self._passed_since: dict[int, float] = {}  # sequence_id -> when it was first passed over
+
+    def add(self, sequence: Sequence) -> Error | None:
+        """Takes a sequence in, or says why it can never run."""
+        num_tokens = sequence.num_prompt_tokens + sequence.sampling.max_tokens - 1  # the last token needs no KV
+        if self._blocks.blocks_for(num_tokens) > self._blocks.num_blocks:
+            limit = self._blocks.num_blocks * self._blocks.block_size
+            message = f"prompt and max_tokens together need the KV of {num_tokens} tokens; this worker holds {limit}"
+            return Error(ErrorCode.INVALID_REQUEST, message, "max_tokens")
+        insort(self.waiting, sequence, key=_arrival)
+        return None
+
+    def schedule(self) -> list[ScheduledSequence]:
+        """The next step: answers first, then running prompts, then new sequences. Their blocks are allocated."""
+        step: dict[int, ScheduledSequence] = {}
+        decodes = [sequence for sequence in self.running if sequence.num_uncomputed_tokens == 1]
+        prefills = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
+        for sequence in decodes:
+            self._extend(step, sequence, 1)
+        budget = self._max_prefill_tokens
+        for sequence in prefills:
+            budget -= self._extend(step, sequence, min(budget, sequence.num_uncomputed_tokens))
+        self._admit(step, budget)
+        return list(step.values())
+
+    def collect(self, scheduled: ScheduledSequence) -> None:
+        """Takes note that a sequence's share of the step was computed; call it before the new token is appended."""
+        self._blocks.commit(scheduled.sequence, scheduled.num_tokens)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends a sequence wherever it is, and frees what it holds at once."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self._stop(sequence)
+        elif sequence.status is SequenceStatus.WAITING:
+            self.waiting.remove(sequence)
+            self._passed_since.pop(sequence.sequence_id, None)
+        sequence.status = SequenceStatus.FINISHED
+
+    def check_integrity(self) -> None:
+        """Asserts that sequences, blocks and adapter counts agree."""
+        for sequences, status in ((self.waiting, SequenceStatus.WAITING), (self.running, SequenceStatus.RUNNING)):
+            assert all(sequence.status is status for sequence in sequences)
+            assert [s.sequence_id for s in sequences] == sorted({s.sequence_id for s in sequences})
+        assert not any(sequence.block_table for sequence in self.waiting)
+        assert self._in_step == Counter(s.generation for s in self.running if s.generation != BASE_GENERATION)
+        assert len(self._in_step) <= self._max_adapters and len(self.running) <= self._max_running
+        assert self._passed_since.keys() <= {sequence.sequence_id for sequence in self.waiting}
+        self._blocks.check_integrity(self.running)
+
+    # ------------------------------------------------------------------------------------ running sequences
+
+    def _extend(self, step: dict[int, ScheduledSequence], sequence: Sequence, num_tokens: int) -> int:
+        """Puts a running sequence's next tokens into the step, making room if it must; returns how many it put."""
+        if num_tokens == 0 or sequence.status is not SequenceStatus.RUNNING:  # preempted earlier in this step
+            return 0
+        while not self._blocks.allocate(sequence, num_tokens):
+            youngest = self.running[-1]
+            step.pop(youngest.sequence_id, None)
+            self._preempt(youngest)
+            if youngest is sequence:
+                return 0
+        step[sequence.sequence_id] = ScheduledSequence(sequence, num_tokens)
+        return num_tokens
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        insort(self.waiting, sequence, key=_arrival)
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._blocks.free(sequence)
+        if sequence.generation != BASE_GENERATION:
+            self._in_step[sequence.generation] -= 1
+            if not self._in_step[sequence.generation]:
+                del self._in_step[sequence.generation]
+            self._adapters.release(sequence.generation)
+
+    # ------------------------------------------------------------------------------------------- admission
+
+    def _admit(self, step: dict[int, ScheduledSequence], budget: int) -> None:
+        """Starts waiting sequences in order of arrival while budget, blocks and adapters allow."""
+        refused: dict[int, Admission] = {}  # by generation: the same for whoever asks next in this step
+        for sequence in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self._max_running:
+                return
+            admission = refused.get(sequence.generation) or self._ask_adapter_limit(sequence.generation)
+            if admission is Admission.GRANTED:
+                if not self._attach_blocks(sequence, budget):
+                    return  # without overtaking here, a long prompt gets its blocks in the end
+                admission = self._acquire(sequence)
+            if admission is Admission.GRANTED:
+                scheduled = self._start(sequence, budget)
+                step[sequence.sequence_id] = scheduled
+                budget -= scheduled.num_tokens
+                continue
+            refused[sequence.generation] = admission
+            if admission is Admission.FULL and self._waited_too_long(sequence):
+                return
+
+    def _ask_adapter_limit(self, generation: int) -> Admission:
+        if generation == BASE_GENERATION or generation in self._in_step or len(self._in_step) < self._max_adapters:
+            return Admission.GRANTED
+        return Admission.FULL
+
+    def _attach_blocks(self, sequence: Sequence, budget: int) -> bool:
+        """Gives a waiting sequence its first blocks, if all its tokens fit beside what running ones need next."""
+        num_cached = self._blocks.attach_prefix(sequence)
+        missing = self._blocks.blocks_for(len(sequence.token_ids)) - len(sequence.block_table)
+        if missing + self._promised() <= self._blocks.num_free:
+            self._blocks.allocate(sequence, min(budget, sequence.num_uncomputed_tokens))
+            if not sequence.num_preemptions:
+                sequence.num_cached_tokens = num_cached
+            return True
+        self._blocks.free(sequence)
+        return False
+
+    def _promised(self) -> int:
+        """Blocks that running sequences still need for the tokens they have and the next one."""
+        blocks_for = self._blocks.blocks_for
+        return sum(max(0, blocks_for(len(s.token_ids) + 1) - len(s.block_table)) for s in self.running)
+
+    def _acquire(self, sequence: Sequence) -> Admission:
+        if sequence.generation == BASE_GENERATION:
+            return Admission.GRANTED
+        admission = self._adapters.acquire(sequence.generation)
+        if admission is Admission.GRANTED:
+            self._in_step[sequence.generation] += 1
+        else:
+            self._blocks.free(sequence)
+        return admission
+
+    def _start(self, sequence: Sequence, budget: int) -> ScheduledSequence:
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_arrival)
+        sequence.status = SequenceStatus.RUNNING
+        self._passed_since.pop(sequence.sequence_id, None)
+        if not sequence.num_preemptions:
+            self.num_prefix_queries += sequence.num_prompt_tokens
+            self.num_prefix_hits += sequence.num_cached_tokens
+        return ScheduledSequence(sequence, min(budget, sequence.num_uncomputed_tokens))
+
+    def _waited_too_long(self, sequence: Sequence) -> bool:
+        now = self._clock()
+        return now - self._passed_since.setdefault(sequence.sequence_id, now) >= self._max_overtake_s
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.sequence_id
