@@ -11,7 +11,8 @@ from gateway.chat_template import ChatTemplate, ChatTemplateError
 from tests import tiny_model
 
 TOOLS = (
-    "{{- bos_token }}{%- for m in messages %}\n    {%- if m.role == 'skip' %}\n        {%- continue %}\n    {%- endif %}"
+    "{{- bos_token }}{%- for m in messages %}\n"
+    "    {%- if m.role == 'skip' %}\n        {%- continue %}\n    {%- endif %}"
     "[{{ m['role'] }}]{% generation %}{{ m.content | trim }}{% endgeneration %}{{ m | tojson }}\n{%- endfor %}\n"
     "{% if add_generation_prompt %}\n[assistant]{% endif %}{{ missing is defined }}{{ loop }}"
 )
@@ -64,7 +65,7 @@ def test_a_templates_own_refusal_reaches_the_user() -> None:
     "source",
     [
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ ''|attr('__class__')|attr('__mro__') }}",
+        "{{ (''|attr('__class__')).mro() }}",
         "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
         "{{ messages.append(1) }}",
         "{% for i in range(10000000) %}x{% endfor %}",
