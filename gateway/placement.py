@@ -106,8 +106,9 @@ class Fleet:
         return _worst(await asyncio.gather(*(w.load_adapter(name, source, pinned, replace) for w in ready)))
 
     async def unload(self, name: str, timeout_ms: int) -> AdapterReply:
-        """Unloads an adapter from every worker; the reply is the first that failed, or one of them."""
+        """Unloads an adapter from every worker that has it; the reply is the first that failed, or one of them."""
         ready = self._require_ready()
+        ready = [worker for worker in ready if name in worker.adapters] or ready
         return _worst(await asyncio.gather(*(w.unload_adapter(name, timeout_ms) for w in ready)))
 
     def _require_ready(self) -> list[WorkerClient]:

@@ -13,7 +13,7 @@ from gateway.generation import Delta, Generation
 logger = logging.getLogger(__name__)
 
 WRITE_STALL_S = 30.0  # a client that takes nothing for so long is given up
-_SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+_SSE_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class Writer(Protocol):
@@ -81,9 +81,6 @@ class WholeResponse(Response):
 
 class EventStream(Response):
     """Sends each delta as it comes. Nothing is sent before the first, so an early failure is still an HTTP error."""
-
-    media_type = "text/event-stream"
-    charset = ""
 
     def __init__(self, generation: Generation, writer: Writer) -> None:
         super().__init__(headers=_SSE_HEADERS)

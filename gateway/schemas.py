@@ -179,6 +179,7 @@ class UnloadRequest(Struct, kw_only=True):
 
 T = TypeVar("T", bound=Struct)
 
+_MAX_PROBLEM = 200  # characters
 _raw_decoder = msgspec.json.Decoder(dict[str, Raw])
 _UNUSED = frozenset([b"null", b"false", b"[]", b"{}", b'""'])
 
@@ -258,5 +259,5 @@ def _field_error(text: str) -> ApiError:
     if param is None and (missing := problem.partition("missing required field `")[2]):
         param = missing.rstrip("`")
         return invalid(param, f"{param} is required.")
-    words = problem[:1].lower() + problem[1:].replace("`", "")
+    words = problem[:1].lower() + problem[1:_MAX_PROBLEM].replace("`", "")  # it may repeat what was sent
     return invalid(param, f"{param or 'The body'}: {words}.")
