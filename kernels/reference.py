@@ -12,9 +12,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x [..., size], weight [size] -> [..., size] in x's dtype.
     """
-    wide = x.float()
-    mean_square = wide.square().mean(-1, keepdim=True)
-    return wide.mul(mean_square.add_(eps).rsqrt_()).to(x.dtype).mul_(weight)
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,14 +44,13 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def store_kv(kv: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
-    """Semantics: cache[slot // block_size, :, :, slot % block_size] = kv[token], slot = slot_mapping[token].
+def store_kv(kv: Tensor, cache: Tensor, slot_blocks: Tensor, slot_offsets: Tensor) -> None:
+    """Semantics: cache[slot_blocks[token], :, :, slot_offsets[token]] = kv[token].
 
     kv [num_tokens, 2, num_kv_heads, head_dim]; cache: one layer of the KV cache,
-    [num_blocks, 2, num_kv_heads, block_size, head_dim]; slot_mapping int64 [num_tokens], all different.
+    [num_blocks, 2, num_kv_heads, block_size, head_dim]; slot_blocks, slot_offsets int64 [num_tokens], no slot twice.
     """
-    block_size = cache.shape[3]
-    cache[slot_mapping // block_size, :, :, slot_mapping % block_size] = kv
+    cache[slot_blocks, :, :, slot_offsets] = kv
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +58,7 @@ class PrefillSpan:
     """One sequence's several rows of a step, for attention. See AttentionPlan."""
 
     rows: slice
-    block_table: Tensor  # int64 [num_blocks of the sequence]
+    kv_rows: Tensor  # of the sequence's blocks, see kv_rows
     context_len: int  # tokens with KV, this step's included
     mask: Tensor | None  # bool [num rows, context_len], True is seen; None: causal from the first token
 
@@ -73,9 +70,10 @@ class AttentionPlan:
     A row that is its sequence's only one is a decode: all decodes are computed together. The rest are prefill spans.
     """
 
-    decode_rows: Tensor | slice  # of the flat batch: int64 [num_decodes], or a slice where they are one run
-    decode_block_tables: Tensor  # int64 [num_decodes · max_blocks], short ones filled up with block 0
-    decode_mask: Tensor | None  # bool [num_decodes, 1, 1, max_blocks · block_size]; None: every slot is seen
+    decode_rows: Tensor  # int64 [num_decodes], of the flat batch
+    decode_kv_rows: Tensor  # of the decodes' blocks, see kv_rows
+    decode_context: int  # the longest context of a decode, tokens
+    decode_mask: Tensor | None  # [num_decodes, 1, 1, decode_context], 0 is seen, -inf not; None: all see all
     num_decodes: int
     prefills: tuple[PrefillSpan, ...]
 
@@ -84,9 +82,11 @@ def paged_attention(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float)
     """Semantics: softmax(scale * q · Kᵀ) · V for each row, over its sequence's tokens that the plan lets it see.
 
     q [num_tokens, num_heads, head_dim]; cache: one layer, [num_blocks, 2, num_kv_heads, block_size, head_dim], in which
-    the step's own keys and values stand already; consecutive query heads share a KV head. -> as q.
+    the step's own keys and values stand already; consecutive query heads share a KV head. -> as q, contiguous.
     """
-    out = torch.empty_like(q)
+    if not plan.prefills:
+        return _attend_decodes(q, cache, plan, scale)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if plan.num_decodes:
         out[plan.decode_rows] = _attend_decodes(q[plan.decode_rows], cache, plan, scale)
     for span in plan.prefills:
@@ -94,28 +94,42 @@ def paged_attention(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float)
     return out
 
 
-def gather_kv(cache: Tensor, block_tables: Tensor, num_sequences: int) -> Tensor:
-    """The keys and values in block_tables [num_sequences · num_blocks], token after token.
+def kv_rows(block_tables: Tensor, cache: Tensor) -> Tensor:
+    """Where the keys and values of blocks stand, as rows of one (block, key or value, head) in the cache's memory.
+
+    block_tables int64 [num_sequences, num_blocks]; cache: any layer, [num_blocks, 2, num_kv_heads, block_size,
+    head_dim] -> int64 [num_sequences · 2 · num_kv_heads · num_blocks], in the order in which attention reads them.
+    """
+    _, _, num_kv_heads, block_size, head_dim = cache.shape
+    rows_per_block = cache.stride(0) // (block_size * head_dim)
+    kv_heads = torch.arange(2 * num_kv_heads, device=block_tables.device)[None, :, None]
+    return (block_tables[:, None, :] * rows_per_block + kv_heads).flatten()
+
+
+def gather_kv(cache: Tensor, rows: Tensor, num_sequences: int) -> Tensor:
+    """The keys and values of kv_rows, in one copy.
 
     -> [num_sequences, 2, num_kv_heads, num_blocks · block_size, head_dim].
     """
-    _, _, num_kv_heads, block_size, head_dim = cache.shape
-    blocks = cache.index_select(0, block_tables).view(num_sequences, -1, 2, num_kv_heads, block_size, head_dim)
-    return blocks.permute(0, 2, 3, 1, 4, 5).reshape(num_sequences, 2, num_kv_heads, -1, head_dim)
+    num_cache_blocks, _, num_kv_heads, block_size, head_dim = cache.shape
+    size = block_size * head_dim
+    num_rows = (num_cache_blocks - 1) * (cache.stride(0) // size) + 2 * num_kv_heads
+    memory = cache.as_strided((num_rows, size), (size, 1), cache.storage_offset())
+    return memory.index_select(0, rows).view(num_sequences, 2, num_kv_heads, -1, head_dim)
 
 
 def _attend_decodes(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     """q [num_decodes, num_heads, head_dim]. The query heads of one KV head pass for its query positions."""
     num_decodes, num_heads, head_dim = q.shape
-    kv = gather_kv(cache, plan.decode_block_tables, num_decodes)
-    grouped = q.reshape(num_decodes, kv.shape[2], -1, head_dim)
-    out = F.scaled_dot_product_attention(grouped, kv[:, 0], kv[:, 1], attn_mask=plan.decode_mask, scale=scale)
+    keys, values = gather_kv(cache, plan.decode_kv_rows, num_decodes)[..., : plan.decode_context, :].unbind(1)
+    grouped = q.reshape(num_decodes, keys.shape[1], -1, head_dim)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.decode_mask, scale=scale)
     return out.reshape(num_decodes, num_heads, head_dim)
 
 
 def _attend_prefill(q: Tensor, cache: Tensor, span: PrefillSpan, scale: float) -> Tensor:
     """q [num_rows, num_heads, head_dim] of one sequence."""
-    kv = gather_kv(cache, span.block_table, 1)[0, :, :, : span.context_len]
+    kv = gather_kv(cache, span.kv_rows, 1)[0, :, :, : span.context_len]
     num_groups = q.shape[1] // kv.shape[1]
     keys, values = kv.repeat_interleave(num_groups, dim=1) if num_groups > 1 else kv
     out = F.scaled_dot_product_attention(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from protocol.errors import Error, ErrorCode
 from protocol.messages import AdapterChanged, AdapterReply, AdapterState, LoadAdapter, UnloadAdapter
 from worker.adapter_cache import Adapter, AdapterCache
+from worker.adapter_config import AdapterError
 from worker.background import Background
 from worker.mailbox import Outbox, Owner
 from worker.scheduler import Admission
@@ -328,8 +329,7 @@ class AdapterService:
 
 def _as_error(exception: Exception) -> Error:
     """The error that a loader's exception carries; anything else is our fault and says nothing of its inside."""
-    error = getattr(exception, "error", None)
-    if isinstance(error, Error):
-        return error
+    if isinstance(exception, AdapterError):
+        return exception.error
     log.error("an adapter load failed unexpectedly", exc_info=exception)
     return Error(ErrorCode.INTERNAL, "the adapter could not be loaded because of an internal error")

@@ -50,13 +50,13 @@ class SourceDirectory:
         if not _lies_in(real, self.root):
             raise invalid(f"{name} is a link that leads out of the adapter root")
         try:
-            file = os.fdopen(_open_below(self.root, real.relative_to(self.root).parts), "rb")
+            handle = _open_below(self.root, real.relative_to(self.root).parts)
         except OSError:
             raise invalid(f"{name} cannot be read") from None
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            file.close()
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
             raise invalid(f"{name} is not a regular file")
-        return file
+        return os.fdopen(handle, "rb")
 
 
 def _open_below(root: Path, parts: Sequence[str]) -> int:
@@ -86,7 +86,7 @@ class AdapterSources:
 
     def find(self, source: str, trusted: bool, max_bytes: int) -> SourceDirectory:
         """The directory. Raises AdapterError: SOURCE_FORBIDDEN, ADAPTER_NOT_FOUND or what is wrong at the hub."""
-        if not 0 < len(source) <= MAX_SOURCE_LENGTH or not source.isprintable():
+        if not 0 < len(source) <= MAX_SOURCE_LENGTH or not source.isprintable() or "://" in source:
             raise self._forbidden()
         if trusted:
             candidates = [SourceDirectory(Path(os.path.realpath(Path(source).expanduser())), Path("/"))]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import AttentionPlan, PrefillSpan, Segments
+from kernels import AttentionPlan, PrefillSpan, Segments, kv_rows
 from protocol.messages import BASE_GENERATION
 from worker.adapter_pool import AdapterPool
 from worker.kv_cache import KVCache
@@ -24,13 +24,13 @@ class ModelInput:
 
 
 def build_model_input(
-    batch: list[ScheduledSequence], kv_cache: KVCache, pool: AdapterPool | None, window: int | None
+    batch: list[ScheduledSequence], kv_cache: KVCache, lora: Lora | None, window: int | None
 ) -> ModelInput:
     """The tensors of a batch (not empty). window: the model's sliding window, tokens."""
     block_size, device = kv_cache.block_size, kv_cache.data.device
     token_ids: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
+    blocks: list[int] = []
     sample_rows: list[int] = []
     fresh_blocks: list[int] = []
     for scheduled in batch:
@@ -42,26 +42,26 @@ def build_model_input(
         token_ids += sequence.token_ids[start:end]
         positions += range(start, end)
         for position in range(start, end):
-            block, offset = sequence.block_table[position // block_size], position % block_size
-            slots.append(block * block_size + offset)
-            if offset == 0:
+            block = sequence.block_table[position // block_size]
+            blocks.append(block)
+            if position % block_size == 0:
                 fresh_blocks.append(block)
         if scheduled.samples:
             sample_rows.append(len(token_ids) - 1)
+    positions_tensor = torch.tensor(positions, device=device)
     step = Step(
-        positions=torch.tensor(positions, device=device),
-        slot_mapping=torch.tensor(slots, device=device),
-        attention=plan_attention(batch, block_size, window, device),
+        positions=positions_tensor,
+        slot_blocks=torch.tensor(blocks, device=device),
+        slot_offsets=positions_tensor % block_size,
+        attention=plan_attention(batch, kv_cache, window),
         kv_layers=kv_cache.layers,
-        lora=_lora(batch, pool, device),
+        lora=lora,
     )
     rows = None if len(sample_rows) == len(token_ids) else torch.tensor(sample_rows, dtype=torch.int64, device=device)
     return ModelInput(torch.tensor(token_ids, device=device), step, rows, fresh_blocks)
 
 
-def plan_attention(
-    batch: list[ScheduledSequence], block_size: int, window: int | None, device: torch.device
-) -> AttentionPlan:
+def plan_attention(batch: list[ScheduledSequence], kv_cache: KVCache, window: int | None) -> AttentionPlan:
     """How the rows of a batch attend to their sequences' blocks."""
     decode_rows: list[int] = []
     decodes: list[ScheduledSequence] = []
@@ -73,16 +73,14 @@ def plan_attention(
             decodes.append(scheduled)
         else:
             rows = slice(row, row + scheduled.num_tokens)
-            prefills.append(_prefill_span(scheduled, rows, block_size, window, device))
+            prefills.append(_prefill_span(scheduled, rows, kv_cache, window))
         row += scheduled.num_tokens
-    block_tables, mask = _decode_tables(decodes, block_size, window, device)
-    is_run = bool(decode_rows) and decode_rows[-1] - decode_rows[0] == len(decode_rows) - 1
+    lens = list(map(_context_len, decodes))
     return AttentionPlan(
-        decode_rows=slice(decode_rows[0], decode_rows[-1] + 1)
-        if is_run
-        else torch.tensor(decode_rows, dtype=torch.int64, device=device),
-        decode_block_tables=block_tables,
-        decode_mask=mask,
+        decode_rows=torch.tensor(decode_rows, dtype=torch.int64, device=kv_cache.data.device),
+        decode_kv_rows=kv_rows(_decode_tables(decodes, lens, kv_cache), kv_cache.layers[0]),
+        decode_context=max(lens, default=0),
+        decode_mask=_decode_mask(lens, window, kv_cache.data),
         num_decodes=len(decodes),
         prefills=tuple(prefills),
     )
@@ -93,61 +91,74 @@ def _context_len(scheduled: ScheduledSequence) -> int:
     return scheduled.sequence.num_computed_tokens + scheduled.num_tokens
 
 
-def _prefill_span(
-    scheduled: ScheduledSequence, rows: slice, block_size: int, window: int | None, device: torch.device
-) -> PrefillSpan:
-    context_len = _context_len(scheduled)
-    num_blocks = -(-context_len // block_size)
+def _prefill_span(scheduled: ScheduledSequence, rows: slice, kv_cache: KVCache, window: int | None) -> PrefillSpan:
+    context_len, device = _context_len(scheduled), kv_cache.data.device
     mask = None
     if scheduled.num_tokens < context_len or (window is not None and context_len > window):
         seen = torch.ones(scheduled.num_tokens, context_len, dtype=torch.bool, device=device)
         last = context_len - scheduled.num_tokens  # what the first row sees last: itself
         seen = seen.tril(last)
         mask = seen if window is None else seen.triu(last - window + 1)
-    block_table = torch.tensor(scheduled.sequence.block_table[:num_blocks], device=device)
-    return PrefillSpan(rows, block_table, context_len, mask)
+    num_blocks = -(-context_len // kv_cache.block_size)
+    block_table = torch.tensor(scheduled.sequence.block_table[:num_blocks], device=device)[None]
+    return PrefillSpan(rows, kv_rows(block_table, kv_cache.layers[0]), context_len, mask)
 
 
-def _decode_tables(
-    decodes: list[ScheduledSequence], block_size: int, window: int | None, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Block tables of equal length, one after the other, and the mask of what stands behind each context's end."""
-    if not decodes:
-        return torch.empty(0, dtype=torch.int64, device=device), None
-    lens = [_context_len(scheduled) for scheduled in decodes]
-    num_blocks = -(-max(lens) // block_size)
+def _decode_tables(decodes: list[ScheduledSequence], lens: list[int], kv_cache: KVCache) -> Tensor:
+    """Block tables of equal length: int64 [num_decodes, num_blocks]."""
+    num_blocks = -(-max(lens, default=0) // kv_cache.block_size)
     flat: list[int] = []
     for scheduled in decodes:
         table = scheduled.sequence.block_table[:num_blocks]
         # Filled up with a block of its own: what one sequence computes never reaches another, not even times zero.
         flat += table + [table[0]] * (num_blocks - len(table))
-    slots = torch.arange(num_blocks * block_size, device=device)
-    lens_column = torch.tensor(lens, device=device)[:, None, None, None]
-    mask = slots < lens_column
+    return torch.tensor(flat, dtype=torch.int64, device=kv_cache.data.device).view(len(decodes), num_blocks)
+
+
+def _decode_mask(lens: list[int], window: int | None, like: Tensor) -> Tensor | None:
+    """0 where a decode sees a token, -inf elsewhere, in like's dtype and device; None if all see all."""
+    longest = max(lens, default=0)
+    if min(lens, default=0) == longest and (window is None or longest <= window):
+        return None
+    tokens = torch.arange(longest, device=like.device)
+    lens_column = torch.tensor(lens, device=like.device)[:, None, None, None]
+    hidden = tokens >= lens_column
     if window is not None:
-        mask = mask & (slots >= lens_column - window)
-    return torch.tensor(flat, device=device), mask
+        hidden |= tokens < lens_column - window
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
 
 
-def _lora(batch: list[ScheduledSequence], pool: AdapterPool | None, device: torch.device) -> Lora | None:
-    """The step's adapters; None if every row is the base model's."""
+class LoraPlanner:
+    """Works out a step's segments, and keeps the last step's: a batch that goes on decoding has the same ones."""
+
+    def __init__(self, pool: AdapterPool | None) -> None:
+        self._pool = pool
+        self._key: object = None
+        self._lora: Lora | None = None
+
+    def plan(self, batch: list[ScheduledSequence]) -> Lora | None:
+        """The step's adapters; None if every row is the base model's."""
+        shape = [(scheduled.sequence.generation, scheduled.num_tokens) for scheduled in batch]
+        generations = dict.fromkeys(generation for generation, _ in shape if generation != BASE_GENERATION)
+        if not generations:
+            return None
+        assert self._pool is not None, "an adapter's sequence came to a worker without adapters"
+        residents = [self._pool.resident(generation) for generation in generations]
+        chunk_ids = [resident.chunk_ids for resident in residents]
+        if self._key != (shape, chunk_ids):
+            scales = [resident.scales for resident in residents]
+            rows = _rows_by_generation(shape)
+            segments = Segments.of(
+                [rows[generation] for generation in generations], chunk_ids, scales, self._pool.chunks.device
+            )
+            self._key, self._lora = (shape, chunk_ids), Lora(self._pool.chunks, segments)
+        return self._lora
+
+
+def _rows_by_generation(shape: list[tuple[int, int]]) -> dict[int, list[int]]:
     rows: dict[int, list[int]] = {}
     row = 0
-    for scheduled in batch:
-        generation = scheduled.sequence.generation
-        if generation != BASE_GENERATION:
-            rows.setdefault(generation, []).extend(range(row, row + scheduled.num_tokens))
-        row += scheduled.num_tokens
-    if not rows:
-        return None
-    assert pool is not None, "an adapter's sequence came to a worker without adapters"
-    residents = [pool.resident(generation) for generation in rows]
-    return Lora(
-        pool.chunks,
-        Segments.of(
-            list(rows.values()),
-            [resident.chunk_ids for resident in residents],
-            [resident.scales for resident in residents],
-            device,
-        ),
-    )
+    for generation, num_tokens in shape:
+        rows.setdefault(generation, []).extend(range(row, row + num_tokens))
+        row += num_tokens
+    return rows

@@ -5,7 +5,7 @@ import torch
 from worker.adapter_pool import AdapterPool
 from worker.kv_cache import KVCache
 from worker.model_config import ModelConfig
-from worker.model_input import build_model_input
+from worker.model_input import LoraPlanner, build_model_input
 from worker.models.decoder import Decoder
 from worker.sampler import Sampler
 from worker.sequence import Sample, ScheduledSequence
@@ -18,6 +18,7 @@ class ModelRunner:
         self.model = model
         self.kv_cache = kv_cache
         self.pool = pool
+        self._planner = LoraPlanner(pool)
         self._window = config.sliding_window
         self._sampler = Sampler(config.eos_token_ids)
 
@@ -27,7 +28,7 @@ class ModelRunner:
 
         Returns one Sample for each entry that samples, in the batch's order.
         """
-        model_input = build_model_input(batch, self.kv_cache, self.pool, self._window)
+        model_input = build_model_input(batch, self.kv_cache, self._planner.plan(batch), self._window)
         if model_input.fresh_blocks:
             # Slots behind a context's end are masked by a factor of 0, which a NaN left by an earlier owner survives.
             self.kv_cache.data[model_input.fresh_blocks] = 0

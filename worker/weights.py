@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,13 @@ from worker.models.decoder import Decoder
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 INDEX = "model.safetensors.index.json"
+
+
+class TensorFile(Protocol):
+    """An open safetensors file."""
+
+    def keys(self) -> list[str]: ...
+    def get_tensor(self, name: str) -> Tensor: ...
 
 
 class WeightReader:
@@ -58,7 +66,7 @@ class WeightReader:
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name not in self._file_of:
             raise ModelError(f"the checkpoint lacks the tensor {name}")
-        tensor: Tensor = self._file_of[name].get_tensor(name)
+        tensor = self._file_of[name].get_tensor(name)
         if tuple(tensor.shape) != shape:
             raise ModelError(f"{name} has shape {list(tensor.shape)} where config.json asks for {list(shape)}")
         if not tensor.is_floating_point():
@@ -69,7 +77,7 @@ class WeightReader:
         return tensor
 
 
-def _open_files(model_dir: Path) -> dict[str, safe_open]:
+def _open_files(model_dir: Path) -> dict[str, TensorFile]:
     """The checkpoint's open files by name: those of the index, or else model.safetensors."""
     names = ["model.safetensors"]
     index = model_dir / INDEX
@@ -78,7 +86,7 @@ def _open_files(model_dir: Path) -> dict[str, safe_open]:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ModelError(f"{INDEX} is not a weight index") from None
-    files: dict[str, safe_open] = {}
+    files: dict[str, TensorFile] = {}
     for name in names:
         if Path(name).name != name or not (model_dir / name).is_file():
             raise ModelError(f"the model directory has no file {name}")
@@ -89,8 +97,8 @@ def _open_files(model_dir: Path) -> dict[str, safe_open]:
     return files
 
 
-def _file_of_tensors(model_dir: Path, files: dict[str, safe_open]) -> dict[str, safe_open]:
-    file_of: dict[str, safe_open] = {}
+def _file_of_tensors(model_dir: Path, files: dict[str, TensorFile]) -> dict[str, TensorFile]:
+    file_of: dict[str, TensorFile] = {}
     for file_name, file in files.items():
         for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
             if name in file_of:

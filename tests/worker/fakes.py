@@ -10,6 +10,7 @@ from protocol.errors import Error, ErrorCode
 from protocol.messages import AnyEvent, Generate, ModelCard, Output, Outputs
 from protocol.sampling import SamplingParams
 from worker.adapter_cache import AdapterCache
+from worker.adapter_config import AdapterError
 from worker.adapter_service import AdapterService
 from worker.block_manager import BlockManager
 from worker.engine import Engine
@@ -58,14 +59,6 @@ class FakePacked:
         return range(-(-self.rank // 16))
 
 
-class LoadError(Exception):
-    """As the loader refuses content."""
-
-    def __init__(self, error: Error) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
 @dataclass
 class FakeLoader:
     """Sources are `content[:rank]`, or `bad`; a lock in `gates` holds the load of that source back."""
@@ -81,7 +74,7 @@ class FakeLoader:
         if source in self.gates:
             assert self.gates[source].wait(10)
         if source == "bad":
-            raise LoadError(Error(ErrorCode.ADAPTER_INVALID, "rank must be positive", "r"))
+            raise AdapterError(Error(ErrorCode.ADAPTER_INVALID, "rank must be positive", "r"))
         if source == "crash":
             raise ZeroDivisionError
         content, _, rank = source.partition(":")
@@ -91,7 +84,7 @@ class FakeLoader:
     def reload(self, digest: str) -> FakePacked:
         self.num_reloads += 1
         if digest in self.lost:
-            raise LoadError(Error(ErrorCode.ADAPTER_INVALID, "gone"))
+            raise AdapterError(Error(ErrorCode.ADAPTER_INVALID, "gone"))
         return FakePacked(digest, self.ranks[digest])
 
 

@@ -1,6 +1,5 @@
 """The socket as a gateway meets it: real ipc, a raw ZeroMQ client, the protocol's own words."""
 
-import itertools
 import os
 import queue
 import stat
@@ -13,38 +12,30 @@ import pytest
 import zmq
 
 from protocol import FILE_CHUNK_BYTES, MAX_FRAME_BYTES, PROTOCOL_VERSION
-from protocol.codec import decode_event, encode
+from protocol.codec import encode
 from protocol.errors import ErrorCode
 from protocol.messages import (
     Abort,
     AdapterChanged,
     AdapterReply,
-    AnyCommand,
-    AnyEvent,
     CommandEnvelope,
-    EventEnvelope,
     FetchFile,
     FileChunk,
     FinishReason,
     GatewayHeartbeat,
     Goodbye,
-    Hello,
     LoadAdapter,
     Outputs,
     Reject,
     Welcome,
     WorkerHeartbeat,
 )
-from protocol.session import CommandSender, Receiver
 from tests.worker.fakes import MODEL, Harness, answer, generate
+from tests.worker.raw_gateway import TIMEOUT_S, Gateway, zmq_context
 from worker import server as server_module
 from worker.mailbox import Stop
 from worker.server import Server
 from worker.socket_file import EndpointError
-
-TIMEOUT_S = 10.0
-_gateways = itertools.count(1)
-_sockets: list[zmq.Socket] = []  # of the running test
 
 
 class Rig:
@@ -75,81 +66,7 @@ class Rig:
         return not status.num_running and not status.num_waiting and status.kv_blocks_free == status.kv_blocks_total
 
 
-class Gateway:
-    """A client that speaks raw frames."""
-
-    def __init__(
-        self,
-        context: zmq.Context,
-        endpoint: str,
-        session: int = 1,
-        gateway: bytes | None = None,
-        max_received: int = 1000,
-    ) -> None:
-        self.id = gateway or next(_gateways).to_bytes(16, "big")
-        self.socket = context.socket(zmq.DEALER)
-        _sockets.append(self.socket)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.RCVHWM, max_received)
-        self.socket.setsockopt(zmq.ROUTING_ID, b"\x01" + os.urandom(16))
-        self.socket.connect(endpoint)
-        self.sender = CommandSender(session)
-        self.receiver: Receiver | None = None
-
-    def hello(self, low: int = 1, high: int = PROTOCOL_VERSION) -> AnyEvent:
-        self.send(Hello(protocol_min=low, protocol_max=high, gateway=self.id, build="test"))
-        envelope = self.read()
-        if isinstance(envelope.body, Welcome):
-            self.sender.epoch = envelope.epoch
-            self.receiver = Receiver(envelope.epoch, envelope.session)
-        return envelope.body
-
-    def send(self, command: AnyCommand) -> None:
-        self.socket.send(self.sender.stamp(command))
-
-    def read(self, timeout_s: float = TIMEOUT_S) -> EventEnvelope:
-        assert self.socket.poll(int(timeout_s * 1000)), "nothing came"
-        (frame,) = self.socket.recv_multipart()
-        return decode_event(frame)
-
-    def event(self, kind: type, where: Callable[[AnyEvent], bool] = lambda event: True) -> AnyEvent:
-        """The next event of a kind. Order and numbers are checked on all; a Reject ends the search."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while time.monotonic() < deadline:
-            envelope = self.read()
-            if isinstance(envelope.body, Reject):
-                assert kind is Reject, envelope.body.reason
-                return envelope.body
-            assert self.receiver is not None
-            self.receiver.accept(envelope)
-            if isinstance(envelope.body, kind) and where(envelope.body):
-                return envelope.body
-            if time.monotonic() > deadline - TIMEOUT_S + 1:
-                self.send(GatewayHeartbeat(last_seq_seen=self.receiver.last_seq))
-        raise AssertionError(f"no {kind.__name__} came")
-
-    def answer(self, request_id: int) -> tuple[list[int], FinishReason | ErrorCode]:
-        tokens: list[int] = []
-        while True:
-            event = self.event(Outputs)
-            assert isinstance(event, Outputs)
-            for output in event.outputs:
-                if output.request_id == request_id:
-                    tokens += output.token_ids
-                    if output.error is not None:
-                        return tokens, output.error.code
-                    if output.finish_reason is not None:
-                        return tokens, output.finish_reason
-
-
-@pytest.fixture
-def context() -> Iterator[zmq.Context]:
-    context = zmq.Context()
-    yield context
-    for sock in _sockets:
-        sock.close(linger=0)
-    _sockets.clear()
-    context.term()
+context = zmq_context
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ class Step:
     """A step of num_tokens rows: tokens of several sequences, a sequence's tokens one after the other."""
 
     positions: Tensor  # int64 [num_tokens]
-    slot_mapping: Tensor  # int64 [num_tokens]: block id · block_size + offset, where the token's KV goes
+    slot_blocks: Tensor  # int64 [num_tokens]: the block where the token's KV goes
+    slot_offsets: Tensor  # int64 [num_tokens]: its place in the block
     attention: AttentionPlan
     kv_layers: tuple[Tensor, ...]  # of the KV cache, each [num_blocks, 2, num_kv_heads, block_size, head_dim]
     lora: Lora | None  # None: no row has an adapter, and nothing of LoRA runs

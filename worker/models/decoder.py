@@ -50,7 +50,7 @@ class Attention:
         rotary(qkv[:, : -self.num_kv_heads], cos, signed_sin)
         kv = qkv[:, self.num_heads :].view(num_tokens, 2, self.num_kv_heads, self.head_dim)
         cache = step.kv_layers[self.layer]
-        store_kv(kv, cache, step.slot_mapping)
+        store_kv(kv, cache, step.slot_blocks, step.slot_offsets)
         out = paged_attention(q, cache, step.attention, self.head_dim**-0.5)
         return self.o_proj(out.view(num_tokens, -1), step.lora)
 

@@ -1,0 +1,94 @@
+"""adapter_config.json: what is refused, and that the answer names the key."""
+
+import json
+from typing import Any
+
+import pytest
+
+from protocol.errors import ErrorCode
+from tests.worker.adapter_files import config
+from worker.adapter_config import AdapterError, parse_config
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"peft_type": "IA3"}, "peft_type"),
+        ({"peft_type": None}, "peft_type"),
+        ({"r": 0}, r"\$.r"),
+        ({"r": -1}, r"\$.r"),
+        ({"r": "8"}, r"\$.r"),
+        ({"r": True}, r"\$.r"),
+        ({"r": 10**30}, r"\$.r"),
+        ({"lora_alpha": 0}, "lora_alpha"),
+        ({"lora_alpha": -16}, "lora_alpha"),
+        ({"lora_alpha": "16"}, "lora_alpha"),
+        ({"lora_alpha": None}, "lora_alpha"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern"),
+        ({"target_modules": None}, "target_modules"),
+        ({"target_modules": []}, "target_modules"),
+        ({"target_modules": ""}, "target_modules"),
+        ({"target_modules": [1]}, "target_modules"),
+        ({"target_modules": "all-linear", "layers_to_transform": [1]}, "layers_to_transform"),
+        ({"layers_pattern": "layers"}, "layers_pattern"),
+        ({"layers_to_transform": [-1]}, "layers_to_transform"),
+        ({"use_dora": True}, "use_dora"),
+        ({"use_something_new": True}, "use_something_new"),
+        ({"bias": "all"}, "bias"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+    ],
+)
+def test_a_refusal_names_the_key(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(AdapterError, match=key) as refused:
+        parse_config(json.dumps(config(**changes)).encode())
+    assert refused.value.error.code is ErrorCode.ADAPTER_INVALID
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"\x80\x04K\x01.",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        json.dumps(config(lora_alpha=float("nan"))).encode(),
+        json.dumps(config(lora_alpha=float("inf"))).encode(),
+        json.dumps(config()).replace('"lora_alpha": 8', '"lora_alpha": 1e999').encode(),
+    ],
+)
+def test_what_is_no_config_is_refused(data: bytes) -> None:
+    with pytest.raises(AdapterError) as refused:
+        parse_config(data)
+    assert refused.value.error.code is ErrorCode.ADAPTER_INVALID
+
+
+def test_what_peft_writes_by_default_is_taken() -> None:
+    harmless = {
+        "base_model_name_or_path": "x/y",
+        "inference_mode": True,
+        "init_lora_weights": "gaussian",
+        "loftq_config": {},
+        "lora_dropout": 0.1,
+        "megatron_core": "megatron.core",
+        "qalora_group_size": 16,
+        "use_dora": False,
+        "trainable_token_indices": None,
+        "rank_pattern": {},
+        "alpha_pattern": {"q_proj": 3.5},
+    }
+    parsed = parse_config(json.dumps(config(**harmless)).encode())
+    assert parsed.r == 4 and parsed.lora_alpha == 8 and parsed.alpha_pattern == {"q_proj": 3.5}

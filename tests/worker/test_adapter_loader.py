@@ -1,0 +1,254 @@
+"""The loader at the door: sound adapters in every form come in, everything else is refused with its reason."""
+
+import json
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from protocol.errors import ErrorCode
+from tests.worker.adapter_files import LAYOUT, TinyModel, config, delta, tensors, write_adapter
+from worker.adapter_config import AdapterError
+from worker.adapter_loader import AdapterLimits, AdapterLoader
+from worker.adapter_weights import PackedAdapter
+
+WEIGHTS = "adapter_model.safetensors"
+NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.fixture
+def loader(tmp_path: Path) -> AdapterLoader:
+    return new_loader(tmp_path)
+
+
+def new_loader(tmp_path: Path, dtype: torch.dtype = torch.float32, **limits: Any) -> AdapterLoader:
+    return AdapterLoader(TinyModel(), dtype, AdapterLimits(**{"max_chunks": 4, **limits}), tmp_path / "store")
+
+
+def refusal(loader: AdapterLoader, source: Path, code: ErrorCode = ErrorCode.ADAPTER_INVALID) -> str:
+    """The message of the refusal; it must not show where things lie."""
+    with pytest.raises(AdapterError) as refused:
+        loader.load(str(source), trusted=True)
+    assert refused.value.error.code is code, refused.value.error
+    assert "/" not in refused.value.error.message
+    return refused.value.error.message
+
+
+# ------------------------------------------------------------------------------------------------------ what is taken
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_stored_dtypes_become_the_models(stored: torch.dtype, tmp_path: Path) -> None:
+    weights = {name: tensor.to(stored) for name, tensor in tensors().items()}
+    source = write_adapter(tmp_path / "a", weights=weights)
+    packed = new_loader(tmp_path, torch.bfloat16).load(str(source), trusted=True)
+    assert packed.chunks.dtype == torch.bfloat16 and packed.scales.dtype == torch.float32
+    assert packed.rank == 4 and packed.modules == ("q_proj", "v_proj") and packed.scales[0, 0] == 2.0
+    exact = new_loader(tmp_path).load(str(source), trusted=True)
+    a, b = weights[NAME].float(), weights[NAME.replace("lora_A", "lora_B")].float()
+    torch.testing.assert_close(delta(exact, 0, "q_proj"), 2 * b @ a)
+
+
+def test_shards_with_an_index(loader: AdapterLoader, tmp_path: Path) -> None:
+    weights = tensors()
+    whole = loader.load(str(write_adapter(tmp_path / "whole", weights=weights)), trusted=True)
+    source = write_adapter(tmp_path / "parts", weights=weights)
+    (source / WEIGHTS).unlink()
+    shards = [f"adapter_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    names = sorted(weights)
+    weight_map = {name: shards[number % 2] for number, name in enumerate(names)}
+    for shard in shards:
+        save_file({name: weights[name] for name in names if weight_map[name] == shard}, source / shard)
+    (source / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    packed = loader.load(str(source), trusted=True)
+    assert torch.equal(packed.chunks, whole.chunks) and packed.digest != whole.digest
+    weight_map[names[0]] = shards[1]
+    (source / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "do not hold the same tensors" in refusal(loader, source)
+    weight_map[names[0]] = "../parts.safetensors"
+    (source / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(AdapterError, match="which the adapter has not"):
+        loader.load(str(source), trusted=True)
+
+
+def test_same_content_has_the_same_digest_wherever_it_lies(loader: AdapterLoader, tmp_path: Path) -> None:
+    weights = tensors()
+    first = loader.load(str(write_adapter(tmp_path / "a", weights=weights)), trusted=True)
+    again = loader.load(str(write_adapter(tmp_path / "b", weights=weights)), trusted=True)
+    other = loader.load(str(write_adapter(tmp_path / "c", config(lora_alpha=9), weights)), trusted=True)
+    assert first.digest == again.digest != other.digest
+
+
+def test_threads_may_load_the_same_at_once(loader: AdapterLoader, tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "a")
+    loaded: list[PackedAdapter] = []
+    threads = [threading.Thread(target=lambda: loaded.append(loader.load(str(source), trusted=True))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loaded) == 8 and len({packed.digest for packed in loaded}) == 1
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [loaded[0].digest]
+
+
+# --------------------------------------------------------------------------------------- A1-A5: files, config, tensors
+
+
+def cut(source: Path, size: int) -> None:
+    path = source / WEIGHTS
+    path.write_bytes(path.read_bytes()[:size])
+
+
+FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda source: (source / "adapter_config.json").unlink(), "no adapter_config.json"),
+    "config not JSON": (lambda source: (source / "adapter_config.json").write_text("{"), "not a JSON object"),
+    "config empty": (lambda source: (source / "adapter_config.json").write_text(""), "not a JSON object"),
+    "no tensors": (lambda source: (source / WEIGHTS).unlink(), "no adapter_model.safetensors"),
+    "tensors empty": (lambda source: cut(source, 0), "not a safetensors file"),
+    "tensors cut in the header": (lambda source: cut(source, 100), "cut short"),
+    "tensors cut in the data": (lambda source: cut(source, -10), "not a safetensors file"),
+    "garbage": (lambda source: (source / WEIGHTS).write_bytes(b"\x93NUMPY" * 999), "not a safetensors file"),
+    "pickle renamed": (lambda source: (source / WEIGHTS).write_bytes(b"\x80\x04cos\nsystem\n."), "not a safetensors"),
+    "only .bin": (lambda source: (source / WEIGHTS).rename(source / "adapter_model.bin"), "never opened"),
+    "brings code": (lambda source: (source / "modeling.py").write_text("raise SystemExit"), "Python code"),
+    "a directory": (lambda source: [(source / WEIGHTS).unlink(), (source / WEIGHTS).mkdir()], "not a regular file"),
+}
+
+
+@pytest.mark.parametrize("fault", FILE_FAULTS)
+def test_broken_files_are_refused(fault: str, loader: AdapterLoader, tmp_path: Path) -> None:
+    spoil, reason = FILE_FAULTS[fault]
+    source = write_adapter(tmp_path / "a")
+    spoil(source)
+    assert reason in refusal(loader, source)
+    assert list((tmp_path / "store").glob(".copy-*")) == []
+
+
+def test_what_is_not_there_is_not_found(loader: AdapterLoader, tmp_path: Path) -> None:
+    refusal(loader, tmp_path / "nothing", ErrorCode.ADAPTER_NOT_FOUND)
+
+
+def changed(**tensors_by_name: Any) -> dict[str, torch.Tensor]:
+    return tensors() | tensors_by_name
+
+
+def without(*names: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors().items() if name not in names}
+
+
+CONTENT_FAULTS: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor], str]] = {
+    "rank of the config": (config(r=5), tensors(), "has the shape [4, 24], but rank and model ask for [5, 24]"),
+    "another base": (config(), changed(**{NAME: torch.randn(4, 25)}), "shape [4, 25]"),
+    "not a matrix": (config(), changed(**{NAME: torch.randn(4)}), "shape [4]"),
+    "no A": (config(), without(NAME), "tensor is missing"),
+    "no B": (config(), without(NAME.replace("lora_A", "lora_B")), "tensor is missing"),
+    "a targeted module is missing": (config(target_modules=["q_proj", "v_proj", "o_proj"]), tensors(), "missing"),
+    "a module is not targeted": (config(target_modules=["q_proj"]), tensors(), "targets in no module"),
+    "an extra tensor": (config(), changed(extra=torch.zeros(1)), "targets in no module of this model: extra"),
+    "no tensor at all": (config(), {}, "tensor is missing"),
+    "a layer too many": (config(), changed(**{NAME.replace("0", "2"): torch.randn(4, 24)}), "targets in no module"),
+    "no name fits": (config(), {f"x.{name}": t for name, t in tensors().items()}, "targets in no module"),
+    "lm_head": (config(target_modules=["q_proj", "lm_head"]), tensors(), "lm_head, which is not supported"),
+    "magnitudes": (config(), changed(**{NAME[:-13] + "lora_magnitude_vector": torch.ones(32)}), "targets in no module"),
+    "integers": (config(), changed(**{NAME: torch.ones(4, 24, dtype=torch.int32)}), "is of type I32"),
+    "doubles": (config(), changed(**{NAME: torch.ones(4, 24, dtype=torch.float64)}), "is of type F64"),
+    "NaN": (config(), changed(**{NAME: torch.full((4, 24), float("nan"))}), "NaN or infinity"),
+    "infinity": (config(), changed(**{NAME: torch.full((4, 24), float("-inf"))}), "NaN or infinity"),
+    "scale too small": (config(lora_alpha=1e-60), tensors(), "lora_alpha"),
+    "scale too large": (config(lora_alpha=1e60), tensors(), "lora_alpha"),
+}
+
+
+@pytest.mark.parametrize("fault", CONTENT_FAULTS)
+def test_wrong_content_is_refused(fault: str, loader: AdapterLoader, tmp_path: Path) -> None:
+    keys, weights, reason = CONTENT_FAULTS[fault]
+    assert reason in refusal(loader, write_adapter(tmp_path / "a", keys, weights))
+
+
+def test_values_too_large_for_the_models_dtype_are_refused(tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "a", weights=changed(**{NAME: torch.full((4, 24), 1e6)}))
+    assert new_loader(tmp_path).load(str(source), trusted=True).rank == 4
+    assert "too large for the model's dtype" in refusal(new_loader(tmp_path, torch.float16), source)
+
+
+def test_limits_are_named(tmp_path: Path) -> None:
+    def refused(rank: int, **limits: Any) -> str:
+        source = write_adapter(tmp_path / f"r{rank}", config(r=rank), tensors(rank))
+        return refusal(new_loader(tmp_path, **limits), source, ErrorCode.ADAPTER_LIMIT)
+
+    assert "rank 17 is above the limit of 16 (--max-lora-rank)" in refused(17, max_lora_rank=16)
+    assert "rank 65 is above the limit of 64" in refused(65)
+    assert "v_proj is not among --lora-target-modules (q_proj)" in refused(4, target_modules=frozenset({"q_proj"}))
+    source = write_adapter(tmp_path / "pattern", config(rank_pattern={"q_proj": 40}), tensors())
+    assert "rank 40" in refusal(new_loader(tmp_path, max_lora_rank=32), source, ErrorCode.ADAPTER_LIMIT)
+
+
+def test_files_too_large_are_refused_unread(loader: AdapterLoader, tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "a")
+    with (source / "adapter_config.json").open("r+b") as file:
+        file.truncate(50 << 20)
+    assert "adapter_config.json is larger" in refusal(loader, source, ErrorCode.ADAPTER_LIMIT)
+    source = write_adapter(tmp_path / "b")
+    with (source / WEIGHTS).open("r+b") as file:
+        file.truncate(1 << 40)  # sparse
+    assert "adapter_model.safetensors is larger" in refusal(loader, source, ErrorCode.ADAPTER_LIMIT)
+
+
+def test_headers_and_tensor_counts_are_bounded(tmp_path: Path) -> None:
+    loader = new_loader(tmp_path, max_chunks=200)
+    source = write_adapter(tmp_path / "a", weights={})
+    header = json.dumps({f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(21_000)})
+    (source / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    assert "more than 20000 tensors" in refusal(loader, source, ErrorCode.ADAPTER_LIMIT)
+    (source / WEIGHTS).write_bytes(struct.pack("<Q", 5 << 20) + b" " * (5 << 20))
+    assert "the header" in refusal(loader, source, ErrorCode.ADAPTER_LIMIT)
+
+
+ENTRY = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "F16", "I8", "F8_E4M3", "BOOL", "X", 3]),
+        "shape": st.lists(st.sampled_from([0, 1, 4, 24, -1, 2**31, 2**63, 2**64, 1.5]), max_size=3),
+        "data_offsets": st.lists(st.sampled_from([0, 1, 384, 10**6, -1, 2**64]), max_size=3),
+    },
+)
+HEADER = st.dictionaries(st.sampled_from([NAME, "x", "", "__metadata__"]), ENTRY).map(json.dumps) | st.sampled_from(
+    ["", "{}", "[]", "null", "{" * 5000, '{"a":' * 5000, '{"x":{},"x":{}}', '{"x":1e999}', '"\ud800"']
+)
+
+
+@given(
+    header=HEADER,
+    size=st.none() | st.sampled_from([0, 1, 7, 2**31, 2**63, 2**64 - 1, 100 << 20]),
+    data=st.binary(max_size=400),
+)
+@settings(max_examples=150, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_malformed_safetensors_are_refused(header: str, size: int | None, data: bytes, tmp_path: Path) -> None:
+    encoded = header.encode("utf-8", "surrogatepass")
+    source = write_adapter(tmp_path / "a")
+    (source / WEIGHTS).write_bytes(struct.pack("<Q", len(encoded) if size is None else size) + encoded + data)
+    with pytest.raises(AdapterError) as refused:
+        new_loader(tmp_path).load(str(source), trusted=True)
+    assert refused.value.error.code in (ErrorCode.ADAPTER_INVALID, ErrorCode.ADAPTER_LIMIT)
+
+
+# ------------------------------------------------------------------------------------------------- A7: changed sources
+
+
+def test_a_source_that_changes_after_the_load_changes_nothing(loader: AdapterLoader, tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "a")
+    packed = loader.load(str(source), trusted=True)
+    cut(source, 20)
+    again = loader.reload(packed.digest)
+    assert torch.equal(again.chunks, packed.chunks) and again.digest == packed.digest
+    for path in source.iterdir():
+        path.unlink()
+    assert torch.equal(loader.reload(packed.digest).chunks, packed.chunks)
+    assert LAYOUT.chunk_size == packed.chunks.shape[1]

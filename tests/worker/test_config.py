@@ -1,0 +1,100 @@
+"""Flags: every one in the help, unknown ones refused, values that cannot work named."""
+
+import argparse
+from dataclasses import fields
+
+import pytest
+
+from worker.config import DEFAULT_MODEL, AdapterSpec, ConfigError, WorkerConfig, add_options, config_from
+
+
+def parse(*arguments: str) -> WorkerConfig:
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    add_options(parser)
+    return config_from(parser.parse_args(arguments))
+
+
+def test_defaults_are_the_dataclass() -> None:
+    assert parse() == WorkerConfig()
+    assert parse().endpoint == "" and parse().listen_on.startswith("ipc:///")
+
+
+def test_the_default_model_is_the_one_that_can_be_had_anywhere() -> None:
+    from worker import model_source
+
+    assert DEFAULT_MODEL == model_source.DEFAULT_MODEL
+
+
+def test_every_setting_has_help_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    text = parser.format_help()
+    for setting in fields(WorkerConfig):
+        assert "--" + setting.name.replace("_", "-") in text
+    assert text.count("(default:") == len(fields(WorkerConfig))
+
+
+def test_lora_paths_in_their_three_forms_and_vllms() -> None:
+    config = parse(
+        "--lora-paths",
+        "/adapters/first",
+        "second=org/adapter=1",
+        '{"lora_name": "third", "lora_path": "p", "pinned": true}',
+        "org/fourth",
+        "--lora-modules",
+        "fifth=/x",
+    )
+    assert config.lora_paths == (
+        AdapterSpec("first", "/adapters/first"),
+        AdapterSpec("second", "org/adapter=1"),
+        AdapterSpec("third", "p", True),
+        AdapterSpec("org/fourth", "org/fourth"),
+        AdapterSpec("fifth", "/x"),
+    )
+    assert config.lora_enabled and not parse().lora_enabled and parse("--enable-lora").lora_enabled
+
+
+def test_repeatable_flags() -> None:
+    config = parse(
+        "--adapter-root", "/a", "--adapter-root", "/b", "--hub-allow", "org/*", "--served-model-name", "x", "y"
+    )
+    assert (config.adapter_root, config.hub_allow, config.served_model_name) == (("/a", "/b"), ("org/*",), ("x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--tp-size", "2"], "--tp-size"),
+        (["--device", "cuda"], "CPU"),
+        (["--lora-backend", "triton"], "GPU"),
+        (["--endpoint", "tcp://0.0.0.0:1"], "CURVE"),
+        (["--endpoint", "ipc://@x"], "absolute"),
+        (["--max-loaded-loras", "4"], "--max-loras-per-batch"),
+        (["--max-loras-per-batch", "1", "--max-loaded-loras", "1", "--lora-paths", "a=1", "b=2"], "--max-loaded-loras"),
+        (["--lora-paths", "a=1", "a=2"], "twice"),
+        (["--lora-paths", "a=1", "--served-model-name", "a"], "twice"),
+        (["--lora-paths", "a="], "no path"),
+        (["--lora-paths", "bad name=1"], "no adapter name"),
+        (["--lora-paths", '{"lora_name": "a"}'], "lora_path"),
+        (["--lora-paths", '{"lora_name": "a", "lora_path": "b", "pin": true}'], "pin"),
+        (["--max-loras-per-batch", "1", "--lora-paths", '{"lora_name":"a","lora_path":"b","pinned":true}'], "pinned"),
+        (["--lora-target-modules", "q_proj", "embed"], "embed"),
+        (["--max-lora-rank", "64", "--num-lora-chunks", "2"], "rank 32"),
+        (["--mem-fraction", "0"], "--mem-fraction"),
+        (["--mem-fraction", "nan"], "--mem-fraction"),
+        (["--max-running-requests", "0"], "--max-running-requests"),
+        (["--context-length", "1"], "--context-length"),
+        (["--shutdown-grace", "-1"], "--shutdown-grace"),
+    ],
+)
+def test_values_that_cannot_work_are_named(arguments: list[str], word: str) -> None:
+    with pytest.raises((ConfigError, argparse.ArgumentError), match=word):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--cuda-graph-max-bs", "8"], ["--model", "x"], ["--lora-eviction-policy", "random"], ["x"]]
+)
+def test_unknown_options_are_errors(arguments: list[str]) -> None:
+    with pytest.raises((SystemExit, argparse.ArgumentError)):
+        parse(*arguments)

@@ -1,0 +1,244 @@
+"""Boot: from a WorkerConfig to a worker that serves. The one place where everything is put together."""
+
+import gc
+import logging
+import os
+import queue
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from protocol.messages import ModelCard
+from worker.adapter_cache import AdapterCache
+from worker.adapter_loader import AdapterLimits, AdapterLoader
+from worker.adapter_pool import AdapterPool
+from worker.adapter_service import AdapterService
+from worker.background import Background
+from worker.block_manager import BlockManager
+from worker.config import WorkerConfig
+from worker.engine import Engine
+from worker.kv_cache import KVCache
+from worker.mailbox import Message, Outbox, Stop
+from worker.memory import MIB, MemoryPlan, MemoryShortage, available_bytes, plan_memory
+from worker.model_config import ModelConfig, ModelError
+from worker.model_files import fingerprint, read_tokenizer_files
+from worker.model_runner import ModelRunner
+from worker.model_source import ModelNotFound, default_cache_dir, resolve_model
+from worker.models.decoder import Decoder
+from worker.private_store import PrivateStore
+from worker.scheduler import Scheduler
+from worker.server import Server
+from worker.socket_file import EndpointError
+from worker.weights import load_model
+
+log = logging.getLogger(__name__)
+
+NUM_LOAD_THREADS = 4  # for adapter commands, which may wait for a download
+NUM_RELOAD_THREADS = 2  # for adapters that requests wait for
+
+Inbox = queue.SimpleQueue[Message]
+
+
+class BootError(Exception):
+    """The worker cannot start; the message is one line for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The base model, loaded, and the sizes planned around it."""
+
+    directory: Path
+    decoder: Decoder
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    plan: MemoryPlan
+    card: ModelCard
+
+
+class Worker:
+    """A worker process: the engine on the thread that calls `run`, the server and the loaders on their own."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        """Loads the model and the adapters of --lora-paths. Raises BootError."""
+        try:
+            base = _load_base(config)
+            self._store = PrivateStore(default_cache_dir())
+        except (ModelNotFound, ModelError, MemoryShortage, OSError) as error:
+            raise BootError(str(error)) from None
+        self._inbox: Inbox = queue.SimpleQueue()
+        outbox = Outbox()
+        pool = AdapterPool(base.config.chunk_layout(), base.plan.num_chunks, base.dtype, base.device)
+        adapters = _make_adapters(config, base, pool, self._inbox, outbox, self._store.directory)
+        self._server = Server(
+            config.listen_on,
+            os.urandom(16),
+            base.card,
+            read_tokenizer_files(base.directory),
+            self._inbox,
+            credits=config.max_queued_requests,
+        )
+        self._engine = _make_engine(config, base, pool, adapters, self._inbox, outbox, self._server)
+        try:
+            _load_adapters(config, adapters)
+            self._server.post(outbox.take())  # the server learns of these adapters as of any later one
+            self._server.start(self._engine.status)
+        except (BootError, EndpointError) as error:
+            self._store.remove()
+            raise BootError(str(error)) from None
+        log.info("ready: %s on %s", ", ".join(base.card.names), config.listen_on)
+
+    def run(self) -> None:
+        """Serves until `stop`."""
+        gc.collect()
+        gc.freeze()  # what is here now stays; the collector need not walk it again
+        try:
+            self._engine.run()
+        finally:
+            self._server.stop()
+            self._store.remove()
+
+    def stop(self, grace_s: float) -> None:
+        """Ends `run` when the running sequences are done, at the latest after grace_s. From any thread or signal."""
+        self._inbox.put(Stop(grace_s))
+
+
+def _load_base(config: WorkerConfig) -> Base:
+    device = torch.device("cpu")
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    directory = resolve_model(config.model_path)
+    decoder, model_config = load_model(directory, dtype, device, _Progress())
+    plan = _plan(config, model_config, dtype)
+    card = ModelCard(
+        names=list(config.served_model_name or [_default_name(config.model_path)]),
+        digest=fingerprint(directory),
+        created=int(time.time()),
+        vocab_size=model_config.vocab_size,
+        max_model_len=plan.max_model_len,
+        eos_token_ids=list(model_config.eos_token_ids),
+        lora_enabled=config.lora_enabled,
+    )
+    return Base(directory, decoder, model_config, dtype, device, plan, card)
+
+
+def _plan(config: WorkerConfig, model: ModelConfig, dtype: torch.dtype) -> MemoryPlan:
+    """The sizes of KV cache and adapter pool, said in the log as the operator thinks of them."""
+    available = available_bytes()
+    block_bytes = KVCache.block_bytes(config.block_size, model.num_layers, model.num_kv_heads, model.head_dim, dtype)
+    chunk_bytes = model.chunk_layout().chunk_size * dtype.itemsize
+    plan = plan_memory(
+        config,
+        max_positions=model.max_position_embeddings,
+        block_bytes=block_bytes,
+        chunk_bytes=chunk_bytes,
+        available_bytes=available,
+    )
+    log.info(
+        "KV cache: %d tokens in %d blocks, %d MiB; adapter pool: %d chunks of rank 16, %d MiB; %d MiB were free",
+        plan.num_blocks * config.block_size,
+        plan.num_blocks,
+        plan.num_blocks * block_bytes // MIB,
+        plan.num_chunks,
+        plan.num_chunks * chunk_bytes // MIB,
+        available // MIB,
+    )
+    log.info("longest context: %d tokens, the model's own is %d", plan.max_model_len, model.max_position_embeddings)
+    return plan
+
+
+def _make_adapters(
+    config: WorkerConfig, base: Base, pool: AdapterPool, inbox: Inbox, outbox: Outbox, store_dir: Path
+) -> AdapterService:
+    limits = AdapterLimits(
+        max_chunks=max(1, base.plan.num_chunks),
+        max_lora_rank=config.max_lora_rank,
+        target_modules=config.target_modules,
+    )
+    roots = [Path(root) for root in config.adapter_root]
+    return AdapterService(
+        AdapterCache(
+            num_chunks=base.plan.num_chunks,
+            max_per_batch=config.max_loras_per_batch,
+            max_loaded=config.loaded_loras,
+            policy=config.lora_eviction_policy,
+        ),
+        pool,
+        AdapterLoader(base.config, base.dtype, limits, store_dir, roots, config.hub_allow),
+        outbox,
+        Background("adapter-load", NUM_LOAD_THREADS, inbox),
+        Background("adapter-reload", NUM_RELOAD_THREADS, inbox),
+        base_names=frozenset(base.card.names),
+        enabled=config.lora_enabled,
+    )
+
+
+def _make_engine(
+    config: WorkerConfig,
+    base: Base,
+    pool: AdapterPool,
+    adapters: AdapterService,
+    inbox: Inbox,
+    outbox: Outbox,
+    server: Server,
+) -> Engine:
+    model = base.config
+    kv_cache = KVCache(
+        base.plan.num_blocks,
+        config.block_size,
+        model.num_layers,
+        model.num_kv_heads,
+        model.head_dim,
+        base.dtype,
+        base.device,
+    )
+    blocks = BlockManager(base.plan.num_blocks, config.block_size)
+    scheduler = Scheduler(
+        blocks,
+        adapters,
+        max_running=config.max_running_requests,
+        max_prefill_tokens=config.chunked_prefill_size,
+        max_adapters=config.max_loras_per_batch,
+        max_overtake_s=config.lora_drain_wait_threshold,
+    )
+    runner = ModelRunner(base.decoder, model, kv_cache, pool if config.lora_enabled else None)
+    return Engine(
+        base.card,
+        runner,
+        scheduler,
+        blocks,
+        adapters,
+        inbox,
+        outbox,
+        server.post,
+        max_loras_per_batch=config.max_loras_per_batch,
+    )
+
+
+def _load_adapters(config: WorkerConfig, adapters: AdapterService) -> None:
+    """Loads the operator's own adapters, or says which cannot be."""
+    for spec in config.lora_paths:
+        error = adapters.load_now(spec.lora_name, spec.lora_path, spec.pinned)
+        if error is not None:
+            raise BootError(f"--lora-paths {spec.lora_name}={spec.lora_path}: {error.message}")
+        log.info("adapter %s loaded from %s", spec.lora_name, spec.lora_path)
+
+
+def _default_name(model_path: str) -> str:
+    """The served name of a model: a hub id as it is, a directory by its last part."""
+    path = Path(model_path).expanduser()
+    return path.resolve().name if path.is_dir() else model_path
+
+
+class _Progress:
+    """Says how far the weights are read, each tenth once."""
+
+    def __init__(self) -> None:
+        self._tenths = 0
+
+    def __call__(self, num_read: int, num_total: int) -> None:
+        tenths = 10 * num_read // max(1, num_total)
+        if tenths > self._tenths:
+            self._tenths = tenths
+            log.info("weights: %d %% of %d MiB", 10 * tenths, num_total // MIB)

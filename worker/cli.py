@@ -1,0 +1,46 @@
+"""The command line of a worker: options, signals, and one clear line when it cannot start."""
+
+import argparse
+import logging
+import signal
+import sys
+from types import FrameType
+
+from worker.config import ConfigError, add_options, config_from
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a worker until a signal ends it. Returns the exit code: 0 after a signal, 1 if it could not start."""
+    parser = _Parser(prog="polylora-worker", description="Serves one model and its adapters.", allow_abbrev=False)
+    add_options(parser)
+    try:
+        config = config_from(parser.parse_args(arguments))
+    except ConfigError as error:
+        parser.exit(2, f"polylora-worker: {error}\n")
+    logging.basicConfig(
+        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    from worker.boot import BootError, Worker  # torch takes seconds; a wrong option is told before
+
+    try:
+        worker = Worker(config)
+    except BootError as error:
+        sys.stderr.write(f"polylora-worker: {error}\n")
+        return 1
+
+    graces_s = [0.0, config.shutdown_grace]  # the second signal does not wait
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        worker.stop(graces_s.pop() if len(graces_s) > 1 else graces_s[0])
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, stop)
+    worker.run()
+    return 0
