@@ -34,7 +34,8 @@ def free_port() -> int:
 def serve(*options: str, timeout_s: float = 240.0) -> Iterator[str]:
     """A server with these options; yields its URL. The first start on a machine converts the default model."""
     port = free_port()
-    command = [sys.executable, "-m", "gateway", "serve", "--port", str(port), *options]
+    program = "import sys; from gateway.cli import main; sys.exit(main())"  # what the script `polylora` does
+    command = [sys.executable, "-c", program, "serve", "--port", str(port), *options]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
