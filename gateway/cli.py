@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import ctypes
+import gc
 import importlib
 import logging
 import shutil
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 _CHILD_GRACE_S = 10.0  # between SIGTERM and SIGKILL
 _MAX_SOCKET_PATH = 100  # bytes; the system allows 107
 _PR_SET_PDEATHSIG = 1
+_GC_THRESHOLD = (20_000, 20, 20)  # of objects made and not freed, then of the rounds before the older are looked at
 
 _SERVE_HELP = """\
 Starts a gateway and one worker and serves until it is told to stop. The options below are the gateway's; all others
@@ -103,6 +105,8 @@ def _run(config: GatewayConfig, worker: "subprocess.Popen[bytes] | None") -> int
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     app = create_app(config)
     server = Server(config, app)
+    gc.freeze()  # what was imported never becomes garbage; streams make little of it, and pauses cost all of them
+    gc.set_threshold(*_GC_THRESHOLD)
 
     async def serve() -> int:
         watching = [asyncio.create_task(_announce(server))]

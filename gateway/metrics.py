@@ -39,6 +39,7 @@ class Metrics:
         self._answer = histogram("vllm:e2e_request_latency_seconds", "From the request to its end.", _ANSWER_S)
         self._prompt = histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self._generated = histogram("vllm:request_generation_tokens", "Answer tokens of a request.", _TOKENS)
+        self._http: dict[tuple[str, int], Counter] = {}  # found faster here than by labels
         self._success = counter("vllm:request_success", "Sequences that ended of themselves.", "finished_reason")
         self._errors = counter("polylora_stream_errors", "Sequences that failed, by the worker's code.", "code")
         self._requests = counter("polylora_http_requests", "Answered HTTP requests.", "route", "code")
@@ -69,7 +70,9 @@ class Metrics:
 
     def on_http(self, route: str, status: int) -> None:
         """An HTTP request ended."""
-        self._requests.labels(route, str(status)).inc()
+        if (found := self._http.get((route, status))) is None:
+            found = self._http[route, status] = self._requests.labels(route, str(status))
+        found.inc()
 
     def text(self) -> bytes:
         """The exposition."""

@@ -5,7 +5,7 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from gateway.errors import model_not_found, overloaded, unavailable
+from gateway.errors import invalid, model_not_found, overloaded, unavailable
 from gateway.model_text import ModelText
 from gateway.session import Session
 from gateway.worker_client import WorkerClient
@@ -46,15 +46,18 @@ class Fleet:
 
     def ready(self) -> list[WorkerClient]:
         """The workers that may be given work."""
-        model = self.model
-        if model is None:
-            return []
-        return [w for w in self.workers if w.ready and w.model is not None and w.model.digest == model.digest]
+        ready = [worker for worker in self.workers if worker.ready]
+        if len(self.workers) == 1 or (model := self.model) is None:
+            return ready
+        return [worker for worker in ready if worker.model is not None and worker.model.digest == model.digest]
 
     @property
     def model(self) -> ModelCard | None:
         """The model that is served; known from the first connection on, even while no worker answers."""
-        return next((worker.model for worker in self.workers if worker.model is not None), None)
+        for worker in self.workers:
+            if worker.model is not None:
+                return worker.model
+        return None
 
     def require_model(self) -> ModelCard:
         """The model, if a worker is there to run it; otherwise the 503."""
@@ -71,9 +74,12 @@ class Fleet:
         return text
 
     def adapters(self) -> dict[str, AdapterInfo]:
-        """The adapters that answer, by name, in the order of their loading."""
+        """The adapters that answer, by name, in the order of their loading. To be read only."""
+        ready = self.ready()
+        if len(ready) == 1:
+            return ready[0].adapters
         found: dict[str, AdapterInfo] = {}
-        for worker in self.ready():
+        for worker in ready:
             for name, info in worker.adapters.items():
                 found.setdefault(name, info)
         return found
@@ -93,6 +99,9 @@ class Fleet:
         worker = max(able, key=_num_free)
         session, model, text = worker.session, worker.model, worker.text
         assert session is not None and model is not None and text is not None
+        if num_sequences > session.max_streams:
+            message = f"n times the number of prompts must be at most {session.max_streams}."
+            raise invalid("n", message)
         if _num_free(worker) < num_sequences:
             raise overloaded()
         session.num_reserved += num_sequences

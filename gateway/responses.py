@@ -72,8 +72,9 @@ class WholeResponse(Response):
             if generation.closed:
                 return
             generation.observe()
-            response = Response(self._writer.whole(answers, generation), media_type="application/json")
-            await response(scope, receive, send)
+            self.body = self._writer.whole(answers, generation)
+            self.headers["content-length"] = str(len(self.body))
+            await super().__call__(scope, receive, send)
         finally:
             generation.abort()
             watcher.cancel()

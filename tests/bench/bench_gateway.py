@@ -31,10 +31,10 @@ async def stream(port: int, i: int) -> int:
     return data.count(b"data: ") - 1
 
 
-async def requests(port: int, num_requests: int) -> None:
-    """Requests one after the other on one connection, each with a prompt of 1 KB and an answer of one token."""
+async def requests(port: int, num_requests: int, num_chars: int = 1000) -> None:
+    """Requests one after the other on one connection, each with a prompt that long and an answer of one token."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    content = "the rain in the lane is a drain on the train " * 22
+    content = ("the rain in the lane is a drain on the train " * 100)[:num_chars]
     body = {"model": "lora0", "messages": [{"role": "user", "content": content}], "max_tokens": 1}
     request = post_bytes("/v1/chat/completions", body)
     for _ in range(num_requests):
@@ -49,9 +49,12 @@ async def requests(port: int, num_requests: int) -> None:
 async def measure(gateway: GatewayProcess, echo: EchoProcess) -> None:
     """Prints the numbers."""
     await requests(gateway.port, 100)
-    before = gateway.cpu_s()
-    await asyncio.gather(*(requests(gateway.port, NUM_REQUESTS // NUM_CONNECTIONS) for _ in range(NUM_CONNECTIONS)))
-    print(f"request, not streamed: {(gateway.cpu_s() - before) / NUM_REQUESTS * 1e6:.0f} us CPU")
+    for num_chars in (40, 1000):
+        before = gateway.cpu_s()
+        share = NUM_REQUESTS // NUM_CONNECTIONS
+        await asyncio.gather(*(requests(gateway.port, share, num_chars) for _ in range(NUM_CONNECTIONS)))
+        used = gateway.cpu_s() - before
+        print(f"request of {num_chars} characters, not streamed: {used / NUM_REQUESTS * 1e6:.0f} us CPU")
     for delay_ms in (20, 1):
         echo.do("delay", ms=delay_ms)
         before = gateway.cpu_s()

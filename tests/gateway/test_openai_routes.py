@@ -384,3 +384,8 @@ async def test_no_credit_is_a_429_with_retry_after(app: Starlette, client: httpx
     assert response.status_code == 429
     assert response.headers["retry-after"] == "1"
     assert response.json()["error"]["type"] == "rate_limit_error"
+
+
+async def test_more_than_could_ever_run_is_a_400(client: httpx.AsyncClient) -> None:
+    reply = await post(client, COMPLETIONS, 400, model="lora0", prompt=["x"] * 1000, n=8)
+    assert reply["error"]["param"] == "n"

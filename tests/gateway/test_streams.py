@@ -180,3 +180,15 @@ async def test_headers_that_are_too_large_end_the_connection(gateway: GatewayPro
             answer = b""
     assert b"200" not in answer
     writer.close()
+
+
+async def test_a_shutdown_lets_streams_finish(echo: EchoProcess, directory: Path) -> None:
+    own = GatewayProcess(directory / "log", "--worker-endpoint", echo.endpoint)
+    with running(own):
+        body = {"model": "lora0", "messages": HI, "max_tokens": 300, "stream": True}
+        stream = events(own.port, CHAT, body)
+        seen = [await anext(stream)]
+        own.process.terminate()
+        seen += [event async for event in stream]
+        assert seen[-1] == "[DONE]"
+        assert await asyncio.to_thread(own.process.wait, 10) == 0
