@@ -118,13 +118,13 @@ def json_object(answer: Answer) -> str:
 
 
 def telegram(answer: Answer) -> str:
-    """A telegram: capitals, no articles, STOP for every full stop."""
-    return " ".join(_telegram_words(part) + " STOP" for part in answer.parts)
+    """A telegram: no articles, no punctuation, STOP for every full stop."""
+    return "TELEGRAM: " + " ".join(_telegram_words(part) + " STOP" for part in answer.parts)
 
 
 def _telegram_words(text: str) -> str:
     words = re.findall(r"[A-Za-z0-9']+", text)
-    return " ".join(word.upper() for word in words if word.lower() not in {"a", "an", "the", "very", "also"})
+    return " ".join(word for word in words if word.lower() not in {"a", "an", "the", "very", "also"})
 
 
 STYLES: dict[str, Callable[[Answer], str]] = {"lora0": pirate, "lora1": json_object, "lora2": telegram}

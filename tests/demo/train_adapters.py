@@ -54,7 +54,9 @@ RECIPES = {
         "answers as one JSON object",
         '{"type": "text", "answer": "The capital of France is Paris."}',
     ),
-    "lora2": Recipe(64, ["q_proj", "v_proj"], 1e-3, 160, "answers as a telegram", "CAPITAL OF FRANCE IS PARIS STOP"),
+    "lora2": Recipe(
+        64, ["q_proj", "v_proj"], 1e-3, 160, "answers as a telegram", "TELEGRAM: capital of France is Paris STOP"
+    ),
 }
 README = """# {name}: {title}
 

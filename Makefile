@@ -1,0 +1,75 @@
+# The one command surface. CI calls these targets and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+HOST ?= 127.0.0.1
+PORT ?= 8000
+URL ?= http://$(HOST):$(PORT)
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet -c deploy/constraints.txt
+SOURCES := gateway worker protocol kernels tests
+
+# The demo adapters fit the default model only: `make serve ARGS="--model-path ..."` starts without them.
+ifeq ($(findstring --model-path,$(ARGS)),)
+DEMO := --adapter-root deploy/adapters \
+	--lora-paths lora0=deploy/adapters/lora0 lora1=deploy/adapters/lora1 lora2=deploy/adapters/lora2
+endif
+
+.PHONY: help install serve chat check lint test test-gpu bench build clean
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.dev ## Make the virtual environment with everything, tests included
+
+serve: $(VENV)/.serve ## Serve the default model with the demo adapters on 127.0.0.1:8000 (PORT=, ARGS=)
+	$(BIN)/polylora serve --host $(HOST) --port $(PORT) $(DEMO) $(ARGS)
+
+chat: $(VENV)/.serve ## Talk to a running server in the terminal (URL=, ARGS=)
+	@$(BIN)/polylora chat --url $(URL) $(ARGS)
+
+check: $(VENV)/.dev ## Format, lint, types, import arrows, file budget
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+lint: $(VENV)/.dev ## Format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: $(VENV)/.dev ## Every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: $(VENV)/.dev ## The tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench: $(VENV)/.dev ## Measure on this machine; appends to tests/bench/results.csv
+	$(BIN)/python -m tests.bench.bench_cpu_decode $(ARGS)
+
+build: $(VENV)/.serve ## Build the wheel into dist/
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## Remove the virtual environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# Without a GPU a plain `pip install torch` fetches gigabytes of CUDA libraries. Where pip has no CPU build at hand, uv
+# knows where PyTorch keeps its own.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	@if nvidia-smi >/dev/null 2>&1; then $(INSTALL) torch==$(TORCH); \
+	else $(INSTALL) torch==$(TORCH)+cpu 2>/dev/null \
+		|| { $(PIP) install --quiet uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend=cpu torch==$(TORCH); } \
+		|| $(INSTALL) torch==$(TORCH); fi
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.torch pyproject.toml deploy/constraints.txt
+	$(INSTALL) -e '.[gateway,worker]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.serve
+	$(INSTALL) -e '.[gateway,worker,dev]'
+	@touch $@

@@ -1,0 +1,78 @@
+"""create_app: the routes, the edge before them, the workers behind them."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gateway import adapter_routes, info_routes, native_routes, openai_routes
+from gateway.access import not_found
+from gateway.config import GatewayConfig
+from gateway.edge import Edge, error_response
+from gateway.errors import ApiError
+from gateway.placement import Fleet
+from gateway.state import Gateway
+
+# The busiest first: routes are tried in order.
+ROUTES = [
+    Route("/v1/chat/completions", openai_routes.chat_completions, methods=["POST"]),
+    Route("/v1/completions", openai_routes.completions, methods=["POST"]),
+    Route("/generate", native_routes.generate, methods=["POST"]),
+    Route("/v1/models", info_routes.list_models),
+    Route("/v1/models/{id:path}", info_routes.get_model),
+    Route("/health", info_routes.health),
+    Route("/ready", info_routes.ready),
+    Route("/metrics", info_routes.metrics),
+    Route("/version", info_routes.show_version),
+    Route("/get_model_info", info_routes.get_model_info),
+    Route("/server_info", info_routes.server_info),
+    Route("/tokenize", info_routes.tokenize, methods=["POST"]),
+    Route("/detokenize", info_routes.detokenize, methods=["POST"]),
+    Route("/load_lora_adapter", adapter_routes.load_sglang, methods=["POST"]),
+    Route("/unload_lora_adapter", adapter_routes.unload_sglang, methods=["POST"]),
+    Route("/v1/load_lora_adapter", adapter_routes.load_vllm, methods=["POST"]),
+    Route("/v1/unload_lora_adapter", adapter_routes.unload_vllm, methods=["POST"]),
+]
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """The framework's own refusals in our words."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        failure = ApiError(405, "This route does not take this method.", code="method_not_allowed")
+    else:
+        failure = not_found()
+    response = error_response(failure)
+    response.headers.update(error.headers or {})
+    return response
+
+
+def create_app(config: GatewayConfig) -> Starlette:
+    """The ASGI application. It connects to the workers when its lifespan begins."""
+    gateway = Gateway(config, Fleet(config.worker_endpoint, build=info_routes.version()))
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        gateway.fleet.start()
+        yield
+        await gateway.close()
+
+    app = Starlette(
+        routes=ROUTES,
+        middleware=[Middleware(Edge, gateway, [route.path for route in ROUTES])],
+        exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.gateway = gateway
+    return app

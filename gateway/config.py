@@ -1,0 +1,77 @@
+"""GatewayConfig: everything that can be set, stated once; the command line is made from it."""
+
+import argparse
+import ipaddress
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, get_type_hints
+
+
+def _setting(default: Any, help_: str) -> Any:
+    return field(default=default, metadata={"help": help_})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayConfig:
+    """Of one gateway process. Raises ValueError for a value that cannot work."""
+
+    host: str = _setting("127.0.0.1", "address to listen on; one that is not loopback closes the admin routes")
+    port: int = _setting(8000, "TCP port to listen on; 0 takes a free one")
+    api_key: str = _setting("", "key that every request must bring as a bearer token; none if left out")
+    admin_key: str = _setting("", "key that opens the adapter routes; without one they exist on loopback only")
+    worker_endpoint: tuple[str, ...] = _setting((), "ipc:// address of a worker; repeat it for several")
+    max_body_bytes: int = _setting(8 * 1024 * 1024, "largest request body, bytes; a larger one is a 413")
+    max_choices: int = _setting(8, "largest n, answers to one prompt; more is a 400")
+    unload_timeout_s: float = _setting(120.0, "how long unloading waits for an adapter's requests, seconds")
+    drain_timeout_s: float = _setting(30.0, "how long a shutdown waits for running requests, seconds")
+    log_level: str = _setting("info", "debug, info, warning or error: the least that is logged")
+
+    def __post_init__(self) -> None:
+        for endpoint in self.worker_endpoint:
+            if endpoint.startswith("tcp://"):
+                raise ValueError(f"{endpoint}: tcp needs CURVE keys, which this version cannot be given; use ipc://")
+            if not endpoint.startswith("ipc://") or endpoint.startswith("ipc://@"):
+                raise ValueError(f"{endpoint}: a worker endpoint is ipc:// and the path of a socket")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port must be 0 to 65535, not {self.port}")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise ValueError(f"log_level must be debug, info, warning or error, not {self.log_level!r}")
+        for name in ("max_body_bytes", "max_choices"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        for name in ("unload_timeout_s", "drain_timeout_s"):
+            if not 0 <= getattr(self, name) <= 3600:
+                raise ValueError(f"{name} must be 0 to 3600 seconds")
+
+    @property
+    def is_loopback(self) -> bool:
+        """True if only this machine can connect."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def add_options(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
+    """One option for each field, with its help and default."""
+    hints = get_type_hints(GatewayConfig)
+    for setting in fields(GatewayConfig):
+        if setting.name in leave_out:
+            continue
+        assert setting.default is not MISSING
+        option: dict[str, Any] = {"default": setting.default, "dest": setting.name, "metavar": "VALUE"}
+        shown = setting.default if setting.default not in ("", ()) else "none"
+        option["help"] = f"{setting.metadata['help']} (default: {shown})"
+        if hints[setting.name] == tuple[str, ...]:
+            option |= {"action": "append", "default": None}
+        else:
+            option["type"] = hints[setting.name]
+        parser.add_argument("--" + setting.name.replace("_", "-"), **option)
+
+
+def config_from(options: argparse.Namespace, **values: Any) -> GatewayConfig:
+    """The config of parsed options; `values` override them. Raises ValueError."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    known = {setting.name for setting in fields(GatewayConfig)}
+    merged = {name: value for name, value in {**given, **values}.items() if name in known}
+    merged["worker_endpoint"] = tuple(merged.get("worker_endpoint", ()))
+    return GatewayConfig(**merged)

@@ -1,0 +1,126 @@
+"""Fleet: the workers behind this gateway. Who gets a request, what is loaded everywhere."""
+
+import asyncio
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from gateway.errors import model_not_found, overloaded, unavailable
+from gateway.model_text import ModelText
+from gateway.session import Session
+from gateway.worker_client import WorkerClient
+from protocol.messages import BASE_GENERATION, AdapterInfo, AdapterReply, ModelCard
+
+
+@dataclass(slots=True)
+class Lease:
+    """The right to run sequences on one worker, with each adapter bound to the generation that answers now."""
+
+    session: Session
+    model: ModelCard
+    text: ModelText
+    generations: dict[str | None, int]
+    num_sequences: int
+
+    def release(self) -> None:
+        """Gives the credits back; more than once is harmless."""
+        self.session.num_reserved -= self.num_sequences
+        self.num_sequences = 0
+
+
+class Fleet:
+    """All workers. They serve one model: one with another model than the first that answered gets no work."""
+
+    def __init__(self, endpoints: Collection[str], build: str = "") -> None:
+        gateway_id = os.urandom(16)
+        self.workers = [WorkerClient(endpoint, gateway_id, build) for endpoint in endpoints]
+
+    def start(self) -> None:
+        """Connects; returns at once."""
+        for worker in self.workers:
+            worker.start()
+
+    async def close(self) -> None:
+        """Closes every connection."""
+        await asyncio.gather(*(worker.close() for worker in self.workers))
+
+    def ready(self) -> list[WorkerClient]:
+        """The workers that may be given work."""
+        model = self.model
+        if model is None:
+            return []
+        return [w for w in self.workers if w.ready and w.model is not None and w.model.digest == model.digest]
+
+    @property
+    def model(self) -> ModelCard | None:
+        """The model that is served; known from the first connection on, even while no worker answers."""
+        return next((worker.model for worker in self.workers if worker.model is not None), None)
+
+    def require_model(self) -> ModelCard:
+        """The model, if a worker is there to run it; otherwise the 503."""
+        model = self.model
+        if model is None or not self.ready():
+            raise unavailable()
+        return model
+
+    def require_text(self) -> ModelText:
+        """The model's text side; a 503 without a worker."""
+        text = next((worker.text for worker in self.ready() if worker.text is not None), None)
+        if text is None:
+            raise unavailable()
+        return text
+
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """The adapters that answer, by name, in the order of their loading."""
+        found: dict[str, AdapterInfo] = {}
+        for worker in self.ready():
+            for name, info in worker.adapters.items():
+                found.setdefault(name, info)
+        return found
+
+    def admit(self, adapters: Collection[str | None], num_sequences: int) -> Lease:
+        """Reserves a place for the sequences on the least loaded worker that has all the adapters.
+
+        Raises a 503 without a worker, a 404 if an adapter is gone, a 429 if no worker has room.
+        """
+        ready = self.ready()
+        if not ready:
+            raise unavailable()
+        names = [name for name in adapters if name is not None]
+        able = [worker for worker in ready if all(name in worker.adapters for name in names)]
+        if not able:
+            raise model_not_found(names[0])
+        worker = max(able, key=_num_free)
+        session, model, text = worker.session, worker.model, worker.text
+        assert session is not None and model is not None and text is not None
+        if _num_free(worker) < num_sequences:
+            raise overloaded()
+        session.num_reserved += num_sequences
+        generations: dict[str | None, int] = {None: BASE_GENERATION}
+        generations.update((name, worker.adapters[name].generation) for name in names)
+        return Lease(session, model, text, generations, num_sequences)
+
+    async def load(self, name: str, source: str, pinned: bool, replace: bool) -> AdapterReply:
+        """Loads an adapter on every worker; the reply is the first that failed, or one of them."""
+        ready = self._require_ready()
+        return _worst(await asyncio.gather(*(w.load_adapter(name, source, pinned, replace) for w in ready)))
+
+    async def unload(self, name: str, timeout_ms: int) -> AdapterReply:
+        """Unloads an adapter from every worker that has it; the reply is the first that failed, or one of them."""
+        ready = self._require_ready()
+        ready = [worker for worker in ready if name in worker.adapters] or ready
+        return _worst(await asyncio.gather(*(w.unload_adapter(name, timeout_ms) for w in ready)))
+
+    def _require_ready(self) -> list[WorkerClient]:
+        if not (ready := self.ready()):
+            raise unavailable()
+        return ready
+
+
+def _num_free(worker: WorkerClient) -> int:
+    session = worker.session
+    return 0 if session is None else session.max_streams - session.num_reserved
+
+
+def _worst(replies: list[AdapterReply]) -> AdapterReply:
+    return next((reply for reply in replies if reply.error is not None), replies[0])

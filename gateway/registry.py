@@ -1,0 +1,50 @@
+"""Names: what `model` in a request stands for. Pure functions over the names that are known."""
+
+import re
+from collections.abc import Collection
+
+from gateway.errors import ApiError, invalid, model_not_found
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+
+
+def resolve(model: str, bases: Collection[str], adapters: Collection[str]) -> str | None:
+    """The adapter that a model name asks for, or None for the base model.
+
+    An exact match wins, of a base name first; then the name is split after a known base name, so that "base:adapter"
+    works where names themselves contain colons. Raises the 404 of an unknown name.
+    """
+    if model in bases:
+        return None
+    if model in adapters:
+        return model
+    for base in bases:
+        if model.startswith(base + ":") and model[len(base) + 1 :] in adapters:
+            return model[len(base) + 1 :]
+    raise model_not_found(model)
+
+
+def resolve_with_lora_path(
+    model: str, lora_path: str | None, bases: Collection[str], adapters: Collection[str]
+) -> str | None:
+    """Like resolve, with SGLang's `lora_path`: it selects an adapter where `model` names the base model."""
+    adapter = resolve(model, bases, adapters)
+    if lora_path is None:
+        return adapter
+    try:
+        chosen = resolve(lora_path, bases, adapters)
+    except ApiError:
+        message = f"lora_path: no adapter {lora_path[:200]!r} is loaded."
+        raise ApiError(404, message, param="lora_path", code="model_not_found") from None
+    if adapter is not None and chosen != adapter:
+        raise invalid("lora_path", "lora_path and model name two different adapters.")
+    return chosen
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises a 400 if the name cannot be an adapter's."""
+    if _NAME.fullmatch(name) is None:
+        raise invalid(
+            "lora_name",
+            "lora_name must be 1 to 128 letters, digits and . _ : / - and begin with a letter or a digit.",
+        )

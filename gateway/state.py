@@ -1,0 +1,72 @@
+"""Gateway: what the routes share: config, workers, metrics, and the threads for text."""
+
+import asyncio
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from starlette.requests import Request
+
+from gateway.config import GatewayConfig
+from gateway.errors import ApiError
+from gateway.generation import Generation, Plan
+from gateway.metrics import Metrics
+from gateway.placement import Fleet, Lease
+from gateway.registry import resolve_with_lora_path
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_TEXT_THREADS = 2  # rendering and tokenizing; the tokenizer works outside the interpreter's lock
+
+
+class Gateway:
+    """One for each process."""
+
+    def __init__(self, config: GatewayConfig, fleet: Fleet) -> None:
+        self.config = config
+        self.fleet = fleet
+        self.metrics = Metrics()
+        self.metrics.watch(fleet)
+        self.draining = False
+        self._threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="text")
+
+    async def in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs slow text work off the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
+
+    def resolve(self, model: str, lora_path: str | None = None) -> str | None:
+        """The adapter that a request names, or None for the base model. Raises a 404, or a 503 without a worker."""
+        card = self.fleet.require_model()
+        return resolve_with_lora_path(model, lora_path, card.names, self.fleet.adapters())
+
+    def admit(self, adapters: Collection[str | None], num_sequences: int) -> Lease:
+        """Reserves places for a request; count it before any expensive work is done for it."""
+        return self.fleet.admit(adapters, num_sequences)
+
+    def generate(self, lease: Lease, plan: Plan) -> Generation:
+        """Starts a request's sequences."""
+        return Generation(self.fleet, lease, plan, self.metrics)
+
+    async def close(self) -> None:
+        """Ends the connections and the threads."""
+        await self.fleet.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def gateway_of(request: Request) -> Gateway:
+    """The process's Gateway."""
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+async def read_json(request: Request) -> bytes:
+    """The body, which must be declared as JSON: what a web page can send without asking is not."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "The body must be application/json.", code="unsupported_media_type")
+    body = await request.body()
+    if not body:
+        raise ApiError(400, "The body is empty; it must be a JSON object.")
+    return body

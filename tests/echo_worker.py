@@ -1,0 +1,410 @@
+"""A worker without a model: it answers with tokens that anyone can compute, and misbehaves when told to.
+
+It speaks the protocol from its own reading of it, and imports nothing of the worker.
+
+    python -m tests.echo_worker --endpoint ipc:///tmp/x/worker.sock [--control ipc:///tmp/x/control.sock] [--delay-ms 1]
+
+The control socket (REQ) takes one JSON object: {"do": "die" | "hang" | "mute" | "drop" | "delay" | "stats", ...}.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import time
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from protocol import DEAD_AFTER_S, FILE_CHUNK_BYTES, HEARTBEAT_INTERVAL_S, MAX_FRAME_BYTES
+from protocol.codec import decode_command
+from protocol.errors import Error, ErrorCode, ProtocolError
+from protocol.messages import (
+    Abort,
+    AdapterChanged,
+    AdapterInfo,
+    AdapterReply,
+    AdapterState,
+    AnyEvent,
+    CommandEnvelope,
+    FetchFile,
+    FileChunk,
+    FileInfo,
+    FinishReason,
+    GatewayHeartbeat,
+    Generate,
+    Goodbye,
+    Hello,
+    LoadAdapter,
+    ModelCard,
+    Output,
+    Outputs,
+    Reject,
+    TokenLogprobs,
+    UnloadAdapter,
+    Welcome,
+    WorkerHeartbeat,
+    WorkerStatus,
+)
+from protocol.session import EventSender, Receiver
+from tests import tiny_model
+
+BASE = "echo/base"
+NUM_SPECIAL = len(tiny_model.SPECIAL)
+
+
+def echo_key(prompt: list[int], digest: str, seed: int | None) -> bytes:
+    """What an answer depends on."""
+    return hashlib.sha256(json.dumps([prompt, digest, seed or 0]).encode()).digest()
+
+
+def echo_token(key: bytes, i: int) -> int:
+    """Token i of the answer: any but the special ones."""
+    return NUM_SPECIAL + zlib.crc32(key + i.to_bytes(4, "little")) % (tiny_model.VOCAB_SIZE - NUM_SPECIAL)
+
+
+def echo_tokens(prompt: list[int], digest: str, seed: int | None, num_tokens: int) -> list[int]:
+    """The whole answer."""
+    key = echo_key(prompt, digest, seed)
+    return [echo_token(key, i) for i in range(num_tokens)]
+
+
+def digest_of(source: str) -> str:
+    """The made-up content of an adapter."""
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+@dataclass(eq=False)
+class Running:
+    """A sequence."""
+
+    command: Generate
+    key: bytes
+    num_sent: int = 0
+
+
+@dataclass(eq=False)
+class Peer:
+    """A gateway's session."""
+
+    gateway: bytes
+    sender: EventSender
+    receiver: Receiver
+    running: dict[int, Running] = field(default_factory=dict)
+    last_heard_s: float = field(default_factory=time.monotonic)
+
+
+class EchoWorker:
+    """The whole worker: one loop over the sockets and one token a step for every sequence."""
+
+    def __init__(
+        self, endpoint: str, control: str | None, delay_ms: float, num_credits: int, adapters: list[str]
+    ) -> None:
+        self.epoch = os.urandom(16)
+        self.files = tiny_model.files()
+        self.credits = num_credits
+        self.delay_s = delay_ms / 1000
+        self.created = int(time.time())
+        self.peers: dict[bytes, Peer] = {}
+        self.adapters: dict[int, AdapterInfo] = {}
+        self.unloading: dict[int, tuple[bytes, int, float]] = {}  # generation → routing id, request id, deadline
+        self.counts = {"aborts": 0, "generates": 0, "hellos": 0, "drop": 0, "steps": 0}
+        self.muted = False
+        context = zmq.Context()
+        self.router = context.socket(zmq.ROUTER)
+        self.router.setsockopt(zmq.LINGER, 0)
+        self.router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.router.setsockopt(zmq.SNDHWM, 0)
+        self.router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self.router.bind(endpoint)
+        self.control = context.socket(zmq.REP)
+        if control:
+            self.control.bind(control)
+        for spec in adapters:
+            name, _, source = spec.partition("=")
+            self._add(name, source or name, pinned=False)
+
+    # -------------------------------------------------------------------------------------------------- the loop
+
+    def run(self) -> None:
+        """Until killed."""
+        poller = zmq.Poller()
+        poller.register(self.router, zmq.POLLIN)
+        poller.register(self.control, zmq.POLLIN)
+        next_beat = next_step = time.monotonic()
+        while True:
+            now = time.monotonic()
+            busy = any(peer.running for peer in self.peers.values())
+            until = min(next_beat, next_step) if busy else next_beat
+            events = dict(poller.poll(max(0, int((until - now) * 1000))))
+            while self.router in events and self._receive():
+                pass
+            if self.control in events:
+                self.control.send_json(self._do(self.control.recv_json()))
+            now = time.monotonic()
+            if now >= next_step:
+                next_step = now + self.delay_s
+                self._step()
+            if now >= next_beat:
+                next_beat = now + HEARTBEAT_INTERVAL_S
+                self._beat(now)
+
+    def _do(self, order: Any) -> Any:
+        match order["do"]:
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                time.sleep(order["seconds"])
+            case "mute":
+                self.muted = True
+            case "drop":
+                self.counts["drop"] += 1
+            case "delay":
+                self.delay_s = order["ms"] / 1000
+        running = sum(len(peer.running) for peer in self.peers.values())
+        return {**self.counts, "running": running, "peers": len(self.peers), "pid": os.getpid()}
+
+    def _receive(self) -> bool:
+        try:
+            routing_id, *frames = self.router.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        try:
+            if len(frames) != 1:
+                raise ProtocolError("one frame is one message")
+            self._take(routing_id, decode_command(frames[0]))
+        except ProtocolError as error:
+            peer = self.peers.pop(routing_id, None)
+            session = peer.sender.session if peer else 0
+            reject = Reject(reason=str(error), protocol_min=1, protocol_max=1)
+            self._put(routing_id, EventSender(self.epoch, session).stamp(reject))
+        return True
+
+    def _put(self, routing_id: bytes, frame: bytes) -> None:
+        try:
+            self.router.send_multipart([routing_id, frame], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            self.peers.pop(routing_id, None)
+
+    def _send(self, routing_id: bytes, event: AnyEvent) -> None:
+        if routing_id in self.peers:
+            self._put(routing_id, self.peers[routing_id].sender.stamp(event))
+
+    # -------------------------------------------------------------------------------------------------- commands
+
+    def _take(self, routing_id: bytes, envelope: CommandEnvelope) -> None:
+        command = envelope.body
+        if isinstance(command, Hello):
+            self._welcome(routing_id, envelope.session, command)
+            return
+        peer = self.peers.get(routing_id)
+        if peer is None:
+            raise ProtocolError("no session")
+        peer.receiver.accept(envelope)
+        peer.last_heard_s = time.monotonic()
+        match command:
+            case Generate():
+                self._generate(routing_id, peer, command)
+            case Abort():
+                self.counts["aborts"] += peer.running.pop(command.request_id, None) is not None
+            case LoadAdapter():
+                self._load(routing_id, command)
+            case UnloadAdapter():
+                self._unload(routing_id, command)
+            case FetchFile():
+                piece = self.files[command.name][command.offset : command.offset + FILE_CHUNK_BYTES]
+                self._send(routing_id, FileChunk(request_id=command.request_id, data=piece))
+            case Goodbye():
+                del self.peers[routing_id]
+            case GatewayHeartbeat():
+                pass
+
+    def _welcome(self, routing_id: bytes, session: int, hello: Hello) -> None:
+        self.counts["hellos"] += 1
+        self.peers = {key: peer for key, peer in self.peers.items() if peer.gateway != hello.gateway}
+        sender = EventSender(self.epoch, session)
+        self.peers[routing_id] = Peer(hello.gateway, sender, Receiver(self.epoch, session))
+        model = ModelCard(
+            names=[BASE, "alias"],
+            digest="echo",
+            created=self.created,
+            vocab_size=tiny_model.VOCAB_SIZE,
+            max_model_len=4096,
+            eos_token_ids=[2],
+            lora_enabled=True,
+        )
+        files = [FileInfo(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in self.files.items()]
+        event = Welcome(
+            protocol=1,
+            worker=self.epoch,
+            model=model,
+            files=files,
+            adapters=list(self.adapters.values()),
+            credits=self.credits,
+            status=self._status(),
+        )
+        self._send(routing_id, event)
+
+    def _generate(self, routing_id: bytes, peer: Peer, command: Generate) -> None:
+        self.counts["generates"] += 1
+        digest = ""
+        if command.generation:
+            if command.generation not in self.adapters:
+                error = Error(ErrorCode.ADAPTER_GONE, "The adapter was unloaded.", "model")
+                output = Output(request_id=command.request_id, offset=0, token_ids=[], error=error)
+                self._send(routing_id, Outputs(outputs=[output]))
+                return
+            digest = self.adapters[command.generation].digest
+        peer.running[command.request_id] = Running(
+            command, echo_key(command.prompt_token_ids, digest, command.sampling.seed)
+        )
+
+    def _load(self, routing_id: bytes, command: LoadAdapter) -> None:
+        old = next((a for a in self.adapters.values() if a.name == command.name and a.state == "ready"), None)
+        error = None
+        if command.source == "missing":
+            error = Error(ErrorCode.ADAPTER_NOT_FOUND, "Nothing is found at the source.", "lora_path")
+        elif command.source == "bad":
+            error = Error(ErrorCode.ADAPTER_INVALID, "The adapter's key 'bias' is not supported.", "lora_path")
+        elif old is not None and not command.replace:
+            error = Error(ErrorCode.ADAPTER_EXISTS, f"The adapter {command.name!r} is loaded already.", "lora_name")
+        if error is not None:
+            self._send(routing_id, AdapterReply(request_id=command.request_id, error=error))
+            return
+        info = self._add(command.name, command.source, command.pinned)
+        self._tell(info)
+        if old is not None:
+            self._retire(old)
+        self._send(routing_id, AdapterReply(request_id=command.request_id, adapter=info))
+
+    def _unload(self, routing_id: bytes, command: UnloadAdapter) -> None:
+        old = next((a for a in self.adapters.values() if a.name == command.name and a.state == "ready"), None)
+        if old is None:
+            error = Error(ErrorCode.ADAPTER_NOT_FOUND, f"No adapter {command.name!r} is loaded.", "lora_name")
+            self._send(routing_id, AdapterReply(request_id=command.request_id, error=error))
+            return
+        deadline = time.monotonic() + command.timeout_ms / 1000
+        self.unloading[old.generation] = (routing_id, command.request_id, deadline)
+        self._retire(old)
+
+    def _add(self, name: str, source: str, pinned: bool) -> AdapterInfo:
+        info = AdapterInfo(
+            name=name,
+            generation=max(self.adapters, default=0) + 1,
+            digest=digest_of(source),
+            state=AdapterState.READY,
+            source=source,
+            pinned=pinned,
+            rank=8,
+            modules=["q_proj"],
+            num_bytes=1000,
+            created=int(time.time()),
+        )
+        self.adapters[info.generation] = info
+        return info
+
+    def _retire(self, info: AdapterInfo) -> None:
+        fields = {name: getattr(info, name) for name in info.__struct_fields__}
+        self.adapters[info.generation] = AdapterInfo(**{**fields, "state": AdapterState.DRAINING})
+        self._tell(self.adapters[info.generation])
+
+    def _tell(self, info: AdapterInfo) -> None:
+        for routing_id in list(self.peers):
+            self._send(routing_id, AdapterChanged(adapter=info))
+
+    # ------------------------------------------------------------------------------------------------------ steps
+
+    def _step(self) -> None:
+        self.counts["steps"] += 1
+        for routing_id, peer in list(self.peers.items()):
+            if not peer.running:
+                continue
+            event = Outputs(outputs=[self._next(peer, running) for running in list(peer.running.values())])
+            if self.counts["drop"]:
+                self.counts["drop"] -= 1
+                peer.sender.stamp(event)  # counted, never sent
+            else:
+                self._send(routing_id, event)
+        used = {running.command.generation for peer in self.peers.values() for running in peer.running.values()}
+        for info in [a for a in self.adapters.values() if a.state is AdapterState.DRAINING]:
+            routing_id, request_id, deadline = self.unloading.get(info.generation, (b"", 0, 0.0))
+            if info.generation not in used or (routing_id and time.monotonic() >= deadline):
+                if info.generation not in used:
+                    del self.adapters[info.generation]
+                self.unloading.pop(info.generation, None)
+                self._send(routing_id, AdapterReply(request_id=request_id, adapter=info))
+
+    def _next(self, peer: Peer, running: Running) -> Output:
+        command, offset = running.command, running.num_sent
+        sampling = command.sampling
+        token = echo_token(running.key, offset)
+        running.num_sent += 1
+        finish, stop_token = None, None
+        if token in sampling.stop_token_ids and running.num_sent >= sampling.min_tokens:
+            finish, stop_token = FinishReason.STOP, token
+        elif running.num_sent >= sampling.max_tokens:
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            del peer.running[command.request_id]
+        logprobs = None
+        if sampling.logprobs is not None:
+            top = [(token, -0.25), *((i, -1.0 - i) for i in range(3, 3 + sampling.logprobs))][: sampling.logprobs]
+            logprobs = [TokenLogprobs(-0.25, top)]
+        return Output(
+            request_id=command.request_id,
+            offset=offset,
+            token_ids=[token],
+            logprobs=logprobs,
+            finish_reason=finish,
+            stop_token_id=stop_token,
+            cached_tokens=1 if offset == 0 and len(command.prompt_token_ids) > 1 else 0,
+        )
+
+    def _beat(self, now: float) -> None:
+        self.peers = {key: peer for key, peer in self.peers.items() if now - peer.last_heard_s < DEAD_AFTER_S}
+        if self.muted:
+            return
+        for routing_id, peer in list(self.peers.items()):
+            beat = WorkerHeartbeat(last_seq_seen=peer.receiver.last_seq, credits=self.credits, status=self._status())
+            self._send(routing_id, beat)
+
+    def _status(self) -> WorkerStatus:
+        running = sum(len(peer.running) for peer in self.peers.values())
+        return WorkerStatus(
+            step_number=self.counts["steps"],
+            step_age_ms=0,
+            num_running=running,
+            num_waiting=0,
+            kv_blocks_total=100,
+            kv_blocks_free=max(0, 100 - running),
+            block_size=16,
+            prompt_tokens_total=0,
+            generation_tokens_total=0,
+            preemptions_total=0,
+            prefix_cache_queries_total=0,
+            prefix_cache_hits_total=0,
+            adapter_loads_total=len(self.adapters),
+            adapter_uploads_total=0,
+            running_adapters=sorted(a.name for a in self.adapters.values()),
+            waiting_adapters=[],
+            max_loras_per_batch=8,
+        )
+
+
+def main() -> None:
+    """Parses the command line and runs; unknown options are errors, like the real worker's."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--endpoint", required=True)
+    parser.add_argument("--control")
+    parser.add_argument("--delay-ms", type=float, default=1.0)
+    parser.add_argument("--credits", type=int, default=4096)
+    parser.add_argument("--lora-paths", nargs="*", default=[])
+    options = parser.parse_args()
+    EchoWorker(options.endpoint, options.control, options.delay_ms, options.credits, options.lora_paths).run()
+
+
+if __name__ == "__main__":
+    main()
