@@ -86,6 +86,7 @@ class Worker:
             self._server.post(outbox.take())  # the server learns of these adapters as of any later one
             self._server.start(self._engine.status)
         except (BootError, EndpointError) as error:
+            self._server.stop()
             self._store.remove()
             raise BootError(str(error)) from None
         log.info("ready: %s on %s", ", ".join(base.card.names), config.listen_on)

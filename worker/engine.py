@@ -150,7 +150,8 @@ class Engine:
                 self._stop_at_s = min(stop_at_s, self._stop_at_s or stop_at_s)
 
     def _start(self, owner: Owner, command: Generate) -> None:
-        request_id, namespace = command.request_id, command.cache_salt.encode()
+        # The base model's namespace starts with a byte that no digest holds: a salt cannot pass for an adapter.
+        request_id, namespace = command.request_id, b"\0" + command.cache_salt.encode()
         error = check_generate(command, self._model)
         if error is None and self._stop_at_s is not None:
             error = Error(ErrorCode.OVERLOADED, "the worker is shutting down")
@@ -162,7 +163,7 @@ class Engine:
             if isinstance(adapter, Error):
                 self._refuse(owner, request_id, adapter)
                 return
-            namespace = adapter.digest.encode() + b"\0" + namespace
+            namespace = adapter.digest.encode() + namespace
         self._last_sequence_id += 1
         seed = command.sampling.seed
         sequence = Sequence(

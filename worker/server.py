@@ -85,6 +85,7 @@ class Server:
         self._adapters: dict[int, AdapterInfo] = {}  # as the events so far have told; by generation
         self._sessions = SessionTable()
         self._mail: deque[Mail] = deque()
+        self._next_beat_s = 0.0
         self._stopping = False
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
@@ -126,19 +127,24 @@ class Server:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._wake_reader.fileno(), zmq.POLLIN)
-        next_beat_s = self._clock()
         while not self._stopping:
-            poller.poll(max(0, int((next_beat_s - self._clock()) * 1000) + 1))
-            self._empty_wake()
-            self._send_mail()
-            self._receive()
-            if self._clock() >= next_beat_s:
-                next_beat_s = self._clock() + HEARTBEAT_INTERVAL_S
-                self._beat()
+            try:
+                self._turn(poller)
+            except Exception:  # a defect of ours; whoever suffers by it finds a gap, the others go on
+                log.exception("the server's loop failed")
         self._send_mail()
         for session in self._sessions.all():
             self._drop(session, "the worker stops")
         self._router.close(GOODBYE_LINGER_MS)
+
+    def _turn(self, poller: zmq.Poller) -> None:
+        poller.poll(max(0, int((self._next_beat_s - self._clock()) * 1000) + 1))
+        self._empty_wake()
+        self._send_mail()
+        self._receive()
+        if self._clock() >= self._next_beat_s:
+            self._next_beat_s = self._clock() + HEARTBEAT_INTERVAL_S
+            self._beat()
 
     def _empty_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -18,6 +18,7 @@ from protocol.messages import AdapterReply, FinishReason, GatewayHeartbeat, Load
 from tests.tiny_models import write_tiny_model
 from tests.worker.fakes import generate
 from tests.worker.raw_gateway import Gateway, zmq_context
+from worker.cli import main
 from worker.private_store import PrivateStore
 
 context = zmq_context
@@ -118,6 +119,20 @@ def test_a_worker_from_its_command_line_to_its_end(worker: Process, context: zmq
     assert list((tmp_path / "cache" / "polylora").iterdir()) == []
 
 
+def test_a_narrow_type_serves_base_and_adapter(tmp_path: Path, model_dir: Path, context: zmq.Context) -> None:
+    adapter = f"lora0={write_adapter(tmp_path / 'first', 1)}"
+    worker = Process(tmp_path, "--model-path", str(model_dir), "--dtype", "bfloat16", "--lora-paths", adapter)
+    try:
+        gateway, _ = connect(context, worker)
+        for generation in (0, 1):
+            gateway.send(generate(generation, [5, 6], 8, generation=generation, temperature=0.0, ignore_eos=True))
+        answers = gateway.answers([0, 1])
+        assert all(end is FinishReason.LENGTH for _, end in answers.values()) and answers[0] != answers[1]
+    finally:
+        worker.process.terminate()
+        assert worker.end() == 0
+
+
 def test_a_second_signal_does_not_wait(worker: Process, context: zmq.Context) -> None:
     gateway, _ = connect(context, worker)
     gateway.send(generate(1, [5], 500, ignore_eos=True))
@@ -133,15 +148,27 @@ def test_a_second_signal_does_not_wait(worker: Process, context: zmq.Context) ->
         (["--lora-paths", "a=/nothing/here"], 1, "--lora-paths a=/nothing/here"),
         (["--context-length", "1000000"], 1, "--context-length"),
         (["--lora-paths", "tiny=/x"], 1, "base model"),
+        (["--endpoint", "ipc:///proc/none/worker.sock"], 1, "/proc/none"),
         (["--no-such-option"], 2, "--no-such-option"),
+        (["--tp-size", "2"], 2, "--tp-size"),
     ],
 )
 def test_a_start_that_fails_says_why_in_one_line(
-    tmp_path: Path, model_dir: Path, arguments: list[str], code: int, word: str
+    tmp_path: Path,
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    word: str,
 ) -> None:
-    worker = Process(tmp_path, "--model-path", str(model_dir), "--log-level", "error", *arguments)
-    assert worker.end() == code
-    (line,) = worker.log.read_text().splitlines()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    try:
+        found = main(["--model-path", str(model_dir), "--log-level", "error", *arguments])
+    except SystemExit as end:
+        found = end.code
+    assert found == code
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("polylora-worker: ") and word in line
 
 

@@ -74,6 +74,19 @@ def test_a_cache_salt_separates() -> None:
     assert [harness.outputs(i)[0].cached_tokens for i in (2, 3)] == [0, 12]
 
 
+def test_no_salt_of_the_base_model_passes_for_an_adapter() -> None:
+    harness = Harness()
+    load(harness, "a")
+    prompt = list(range(13))
+    start(harness, 1, prompt, 2, generation=1)
+    harness.drain()
+    for request_id, salt in enumerate(["content-a", "content-a\0", "\0content-a"], start=2):
+        start(harness, request_id, prompt, 2, cache_salt=salt)
+        harness.drain()
+        assert harness.outputs(request_id)[0].cached_tokens == 0
+        assert harness.tokens(request_id) == answer(prompt, 2)
+
+
 def test_preemption_changes_no_token() -> None:
     harness = Harness(num_blocks=8, block_size=2, max_running=6)
     for request_id in range(6):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import zmq
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from protocol import FILE_CHUNK_BYTES, MAX_FRAME_BYTES, PROTOCOL_VERSION
 from protocol.codec import encode
@@ -24,6 +26,7 @@ from protocol.messages import (
     FinishReason,
     GatewayHeartbeat,
     Goodbye,
+    Hello,
     LoadAdapter,
     Outputs,
     Reject,
@@ -198,6 +201,35 @@ def test_what_is_no_message_ends_that_session_only(
     assert isinstance(stranger.read().body, Reject)
     other.send(generate(1, [6], 3))
     assert other.answer(1)[0] == answer([6], 3)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from([0, 1, 2, 3]),
+    st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=4),
+    st.booleans(),
+)
+def test_mutated_frames_end_no_process(
+    rig: Rig, context: zmq.Context, which: int, changes: list[tuple[int, int]], cut: bool
+) -> None:
+    commands = [
+        Hello(protocol_min=1, protocol_max=1, gateway=b"m" * 16, build="x"),
+        generate(7, [1, 2, 3], 3, logit_bias={5: 1.0}, stop_token_ids=[9]),
+        LoadAdapter(request_id=9, name="a", source="bad"),
+        FetchFile(request_id=9, name="x", offset=2**62),
+    ]
+    frame = bytearray(
+        encode(CommandEnvelope(b"" if which == 0 else rig.epoch, 1, 0 if which == 0 else 1, commands[which]))
+    )
+    for position, value in changes:
+        frame[position % len(frame)] = value
+    stranger = Gateway(context, rig.endpoint)
+    try:
+        stranger.socket.send(bytes(frame[: len(frame) // 2] if cut else frame))
+        assert isinstance(stranger.read().body, Reject | Welcome)
+    finally:
+        stranger.socket.close(0)
+    assert rig.server._thread.is_alive()
 
 
 def test_an_oversized_frame_costs_the_connection_and_nobody_else(
