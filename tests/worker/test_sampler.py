@@ -147,3 +147,10 @@ def test_a_bad_row_fails_alone(bad: float, keys: dict[str, Any]) -> None:
     assert [sample.failed for sample in samples] == [False, True, False]
     assert [samples[0].token_id, samples[2].token_id] == [1, 0]
     assert samples[1].logprob is None
+
+
+def test_edits_that_touch_no_token() -> None:
+    assert one([0.0, 2.0], sequence(logit_bias={9000: 100.0})).token_id == 1
+    nothing_ends = Sampler(())
+    assert nothing_ends.sample(torch.tensor([[0.0, 2.0]]), [sequence(min_tokens=5)])[0].token_id == 1
+    assert one([0.0, 2.0], sequence([0], frequency_penalty=1.0)).token_id == 1

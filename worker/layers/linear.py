@@ -7,15 +7,17 @@ from torch import Tensor
 from kernels import LoraSite, lora_expand, lora_shrink
 from worker.layers.step import Lora
 
-# On a CPU torch hands x · Wᵀ to a kernel that is fast for 1 to 3 rows and slow for some more; W · xᵀ is the other way
-# round. All linears of SmolLM2-135M in float32, 2 threads of a Xeon with AMX, ms: 1 row 30 | 30, 2 rows 31 | 51,
-# 3 rows 35 | 52, 4 rows 53 | 48, 8 rows 77 | 54, 32 rows 115 | 75, 128 rows 278 | 237.
-MAX_ROWS_OF_PLAIN_LINEAR = 3
+# On a CPU torch hands x · Wᵀ to a kernel that is fast for 1 to 3 rows, slow for some more and good again for many;
+# W · xᵀ is the other way round. All linears of SmolLM2-135M in float32, 2 threads of a Xeon, ms, x · Wᵀ | W · xᵀ:
+# 1 row 30 | 30, 2 rows 31 | 51, 3 rows 35 | 52, 4 rows 53 | 48, 8 rows 77 | 54, 32 rows 115 | 75, 64 rows 165 | 163.
+# One layer's, 1 thread: 16 rows 2.3 | 1.8, 64 rows 5.3 | 4.9, 128 rows 9.3 | 9.1, 256 rows 18 | 24, 1024 rows 67 | 92.
+FEW_ROWS = 3
+MANY_ROWS = 129
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [num_rows, in], weight [out, in], bias [out] -> [num_rows, out], contiguous."""
-    if x.is_cuda or x.shape[0] <= MAX_ROWS_OF_PLAIN_LINEAR:
+    if x.is_cuda or not FEW_ROWS < x.shape[0] < MANY_ROWS:
         return F.linear(x, weight, bias)
     y = torch.mm(weight, x.t()).t().contiguous()
     return y if bias is None else y.add_(bias)
