@@ -181,7 +181,8 @@ class Chat:
                         self._say(_printable(delta.text))
                         text += delta.text
                     num_tokens = delta.num_tokens or num_tokens
-            self._messages = [*messages, {"role": "assistant", "content": text}]
+            if text:
+                self._messages = [*messages, {"role": "assistant", "content": text}]
             self._say(f"\n{_speed(num_tokens, first - started, last - first)}\n")
         except ChatError as error:
             if text:

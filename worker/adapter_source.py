@@ -26,6 +26,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 HUB_TIMEOUT_S = 10.0
 MAX_SOURCE_LENGTH = 4096
 MAX_FILES = 10_000  # in an adapter's directory
+OPEN_DIRECTORY = os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)  # O_PATH: it need not be readable to pass through
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +62,10 @@ class SourceDirectory:
 
 def _open_below(root: Path, parts: Sequence[str]) -> int:
     """Open step by step without following links: the path was resolved already, so that none is left in it."""
-    directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    directory = os.open(root, OPEN_DIRECTORY)
     try:
         for part in parts[:-1]:
-            below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+            below = os.open(part, OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
             os.close(directory)
             directory = below
         # O_NONBLOCK: opening a FIFO must not wait for a writer.
@@ -89,7 +90,7 @@ class AdapterSources:
         if not 0 < len(source) <= MAX_SOURCE_LENGTH or not source.isprintable() or "://" in source:
             raise self._forbidden()
         if trusted:
-            candidates = [SourceDirectory(Path(os.path.realpath(Path(source).expanduser())), Path("/"))]
+            candidates = [SourceDirectory(Path(os.path.realpath(os.path.expanduser(source))), Path("/"))]
         else:
             candidates = self._below_roots(source)
         for candidate in candidates:

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from worker.gguf_conversion import convert_gguf
 
@@ -92,7 +92,7 @@ def _hub_cache(repo: str) -> Path | None:
     """What an earlier run has downloaded, if it is whole."""
     try:
         return _checked(Path(snapshot_download(repo, local_files_only=True)))
-    except (LocalEntryNotFoundError, ModelNotFound):
+    except (LocalEntryNotFoundError, ModelNotFound, ValueError):  # ValueError: no valid id
         return None
 
 
@@ -100,8 +100,8 @@ def _from_hub(repo: str) -> Path:
     logger.info("downloading %s from the model hub", repo)
     try:
         directory = snapshot_download(repo, allow_patterns=HUB_FILES, ignore_patterns=["*/*"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a network has many ways to fail
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelNotFound(
             f"--model-path {repo}: no such directory, and the hub did not deliver it: {reason}"
         ) from error
