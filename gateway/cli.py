@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import ctypes
 import gc
-import importlib
 import logging
 import shutil
 import signal
@@ -25,8 +24,8 @@ _PR_SET_PDEATHSIG = 1
 _GC_THRESHOLD = (20_000, 20, 20)  # of objects made and not freed, then of the rounds before the older are looked at
 
 _SERVE_HELP = """\
-Starts a gateway and one worker and serves until it is told to stop. The options below are the gateway's; all others
-are given to the worker, whose help is shown by polylora-worker --help."""
+Starts a gateway and one worker and serves until it is told to stop. The options below are the gateway's (--log-level is
+both's); all others are given to the worker, whose help is shown by polylora-worker --help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,9 +49,9 @@ def main_gateway(argv: Sequence[str] | None = None) -> int:
 
 
 def _chat(arguments: list[str]) -> int:
-    chat = importlib.import_module("gateway.chat")  # only now: a client's imports are nothing to a server
-    status: int | None = chat.main(arguments)
-    return status or 0
+    from gateway import chat  # only now: a client's imports are nothing to a server
+
+    return chat.main(arguments)
 
 
 def _serve(arguments: list[str]) -> int:
@@ -67,7 +66,7 @@ def _serve(arguments: list[str]) -> int:
         endpoint = f"ipc://{directory}/worker.sock"
         config = _config(parser, options, worker_endpoint=(endpoint,))
         worker = subprocess.Popen(
-            [sys.executable, "-m", "worker", "--endpoint", endpoint, *for_worker],
+            [sys.executable, "-m", "worker", "--endpoint", endpoint, "--log-level", config.log_level, *for_worker],
             preexec_fn=_die_with_parent,
             process_group=0,  # a Ctrl+C in the terminal is the gateway's alone, which ends the worker after draining
         )

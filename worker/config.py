@@ -109,6 +109,9 @@ class WorkerConfig:
     max_running_requests: int = _setting(32, "sequences in one step; others wait")
     max_queued_requests: int = _setting(2048, "unfinished sequences that one gateway may have; beyond it 429")
     chunked_prefill_size: int = _setting(512, "prompt tokens in one step, which running answers do not count in")
+    cuda_graph_max_bs: int = _setting(
+        256, "sequences in the largest step that is captured as a CUDA graph; without a GPU there are none"
+    )
     mem_fraction: float = _setting(0.5, "share of the memory free after the model is loaded that KV and adapters take")
     block_size: int = _setting(16, "tokens in a KV block; what is shared between prompts is whole blocks")
     num_kv_blocks: int | None = _setting(
@@ -165,7 +168,7 @@ def _flag(name: str) -> str:
 def _check_numbers(config: WorkerConfig) -> None:
     at_least_one = (
         "max_loras_per_batch max_loaded_loras num_lora_chunks max_lora_rank tp_size max_running_requests"
-        " max_queued_requests chunked_prefill_size block_size num_kv_blocks context_length"
+        " max_queued_requests chunked_prefill_size cuda_graph_max_bs block_size num_kv_blocks context_length"
     )
     for name in at_least_one.split():
         value = getattr(config, name)
