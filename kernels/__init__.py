@@ -2,6 +2,7 @@
 
 from kernels.reference import (
     AttentionPlan,
+    DecodeGroup,
     PrefillSpan,
     add_rms_norm,
     kv_rows,
@@ -16,6 +17,7 @@ from kernels.segments import LoraSite, Segments
 
 __all__ = [
     "AttentionPlan",
+    "DecodeGroup",
     "LoraSite",
     "PrefillSpan",
     "Segments",

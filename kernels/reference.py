@@ -67,17 +67,24 @@ class PrefillSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Several sequences' single rows of a step, which attend together. See AttentionPlan."""
+
+    rows: Tensor  # int64 [num_decodes], of the flat batch, ascending
+    kv_rows: Tensor  # of the sequences' blocks, as many blocks for each, see kv_rows
+    context_len: int  # the longest context, tokens
+    mask: Tensor | None  # [num_decodes, 1, 1, context_len], 0 is seen, -inf not; None: all see all
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """How the rows of a step attend: built once a step, used by every layer.
 
-    A row that is its sequence's only one is a decode: all decodes are computed together. The rest are prefill spans.
+    A row that is its sequence's only one is a decode, and decodes of similar contexts are a group. The rest are
+    prefill spans. Each row is in one of them.
     """
 
-    decode_rows: Tensor  # int64 [num_decodes], of the flat batch
-    decode_kv_rows: Tensor  # of the decodes' blocks, see kv_rows
-    decode_context: int  # the longest context of a decode, tokens
-    decode_mask: Tensor | None  # [num_decodes, 1, 1, decode_context], 0 is seen, -inf not; None: all see all
-    num_decodes: int
+    decodes: tuple[DecodeGroup, ...]
     prefills: tuple[PrefillSpan, ...]
 
 
@@ -87,11 +94,11 @@ def paged_attention(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float)
     q [num_tokens, num_heads, head_dim]; cache: one layer, [num_blocks, 2, num_kv_heads, block_size, head_dim], in which
     the step's own keys and values stand already; consecutive query heads share a KV head. -> as q, contiguous.
     """
-    if not plan.prefills:
-        return _attend_decodes(q, cache, plan, scale)
+    if len(plan.decodes) == 1 and not plan.prefills:
+        return _attend_decodes(q, cache, plan.decodes[0], scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if plan.num_decodes:
-        out[plan.decode_rows] = _attend_decodes(q[plan.decode_rows], cache, plan, scale)
+    for group in plan.decodes:
+        out[group.rows] = _attend_decodes(q[group.rows], cache, group, scale)
     for span in plan.prefills:
         out[span.rows] = _attend_prefill(q[span.rows], cache, span, scale)
     return out
@@ -121,12 +128,12 @@ def gather_kv(cache: Tensor, rows: Tensor, num_sequences: int) -> Tensor:
     return memory.index_select(0, rows).view(num_sequences, 2, num_kv_heads, -1, head_dim)
 
 
-def _attend_decodes(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+def _attend_decodes(q: Tensor, cache: Tensor, group: DecodeGroup, scale: float) -> Tensor:
     """q [num_decodes, num_heads, head_dim]. The query heads of one KV head pass for its query positions."""
     num_decodes, num_heads, head_dim = q.shape
-    keys, values = gather_kv(cache, plan.decode_kv_rows, num_decodes)[..., : plan.decode_context, :].unbind(1)
+    keys, values = gather_kv(cache, group.kv_rows, num_decodes)[..., : group.context_len, :].unbind(1)
     grouped = q.reshape(num_decodes, keys.shape[1], -1, head_dim)
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.decode_mask, scale=scale)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask, scale=scale)
     return out.reshape(num_decodes, num_heads, head_dim)
 
 

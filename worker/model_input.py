@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import AttentionPlan, PrefillSpan, Segments, kv_rows
+from kernels import AttentionPlan, DecodeGroup, PrefillSpan, Segments, kv_rows
 from protocol.messages import BASE_GENERATION
 from worker.adapter_pool import AdapterPool
 from worker.kv_cache import KVCache
@@ -63,26 +63,34 @@ def build_model_input(
 
 def plan_attention(batch: list[ScheduledSequence], kv_cache: KVCache, window: int | None) -> AttentionPlan:
     """How the rows of a batch attend to their sequences' blocks."""
-    decode_rows: list[int] = []
-    decodes: list[ScheduledSequence] = []
+    decodes: dict[int, list[tuple[int, ScheduledSequence]]] = {}
     prefills: list[PrefillSpan] = []
     row = 0
     for scheduled in batch:
         if scheduled.num_tokens == 1:
-            decode_rows.append(row)
-            decodes.append(scheduled)
+            decodes.setdefault(_length_class(scheduled), []).append((row, scheduled))
         else:
             rows = slice(row, row + scheduled.num_tokens)
             prefills.append(_prefill_span(scheduled, rows, kv_cache, window))
         row += scheduled.num_tokens
-    lens = list(map(_context_len, decodes))
-    return AttentionPlan(
-        decode_rows=torch.tensor(decode_rows, dtype=torch.int64, device=kv_cache.data.device),
-        decode_kv_rows=kv_rows(_decode_tables(decodes, lens, kv_cache), kv_cache.layers[0]),
-        decode_context=max(lens, default=0),
-        decode_mask=_decode_mask(lens, window, kv_cache.data),
-        num_decodes=len(decodes),
-        prefills=tuple(prefills),
+    groups = tuple(_decode_group(group, kv_cache, window) for group in decodes.values())
+    return AttentionPlan(groups, tuple(prefills))
+
+
+def _length_class(scheduled: ScheduledSequence) -> int:
+    """Decodes of one class attend together, each at the cost of the longest: contexts up to 256, 512, 1024, ..."""
+    return max(8, (_context_len(scheduled) - 1).bit_length())
+
+
+def _decode_group(group: list[tuple[int, ScheduledSequence]], kv_cache: KVCache, window: int | None) -> DecodeGroup:
+    """A group from its rows and sequences."""
+    sequences = [scheduled for _, scheduled in group]
+    lens = list(map(_context_len, sequences))
+    return DecodeGroup(
+        rows=torch.tensor([row for row, _ in group], device=kv_cache.data.device),
+        kv_rows=kv_rows(_decode_tables(sequences, max(lens), kv_cache), kv_cache.layers[0]),
+        context_len=max(lens),
+        mask=_decode_mask(lens, window, kv_cache.data),
     )
 
 
@@ -104,21 +112,21 @@ def _prefill_span(scheduled: ScheduledSequence, rows: slice, kv_cache: KVCache, 
     return PrefillSpan(rows, kv_rows(block_table, kv_cache.layers[0]), context_len, mask)
 
 
-def _decode_tables(decodes: list[ScheduledSequence], lens: list[int], kv_cache: KVCache) -> Tensor:
+def _decode_tables(decodes: list[ScheduledSequence], longest: int, kv_cache: KVCache) -> Tensor:
     """Block tables of equal length: int64 [num_decodes, num_blocks]."""
-    num_blocks = -(-max(lens, default=0) // kv_cache.block_size)
+    num_blocks = -(-longest // kv_cache.block_size)
     flat: list[int] = []
     for scheduled in decodes:
         table = scheduled.sequence.block_table[:num_blocks]
         # Filled up with a block of its own: what one sequence computes never reaches another, not even times zero.
         flat += table + [table[0]] * (num_blocks - len(table))
-    return torch.tensor(flat, dtype=torch.int64, device=kv_cache.data.device).view(len(decodes), num_blocks)
+    return torch.tensor(flat, device=kv_cache.data.device).view(len(decodes), num_blocks)
 
 
 def _decode_mask(lens: list[int], window: int | None, like: Tensor) -> Tensor | None:
     """0 where a decode sees a token, -inf elsewhere, in like's dtype and device; None if all see all."""
-    longest = max(lens, default=0)
-    if min(lens, default=0) == longest and (window is None or longest <= window):
+    longest = max(lens)
+    if min(lens) == longest and (window is None or longest <= window):
         return None
     tokens = torch.arange(longest, device=like.device)
     lens_column = torch.tensor(lens, device=like.device)[:, None, None, None]

@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from kernels import AttentionPlan, PrefillSpan, add_rms_norm, kv_rows, paged_attention, rotary, silu_and_mul, store_kv
+from kernels import (
+    AttentionPlan,
+    DecodeGroup,
+    PrefillSpan,
+    add_rms_norm,
+    kv_rows,
+    paged_attention,
+    rotary,
+    silu_and_mul,
+    store_kv,
+)
 
 
 @pytest.mark.parametrize("size", [1, 48, 577])
@@ -60,11 +70,14 @@ def test_paged_attention_of_decodes_and_prefill_chunks(
     lens = torch.tensor([9, 3])
     hidden = torch.arange(9) >= lens[:, None]
     plan = AttentionPlan(
-        decode_rows=torch.tensor([0, 5]),
-        decode_kv_rows=kv_rows(tables[:2], layer),
-        decode_context=9,
-        decode_mask=torch.zeros(2, 1, 1, 9).masked_fill(hidden[:, None, None], -math.inf),
-        num_decodes=2,
+        decodes=(
+            DecodeGroup(
+                rows=torch.tensor([0, 5]),
+                kv_rows=kv_rows(tables[:2], layer),
+                context_len=9,
+                mask=torch.zeros(2, 1, 1, 9).masked_fill(hidden[:, None, None], -math.inf),
+            ),
+        ),
         prefills=(PrefillSpan(slice(1, 5), kv_rows(tables[2:], layer), 9, torch.ones(4, 9).tril(5).bool()),),
     )
     out = paged_attention(q, layer, plan, scale=0.3)

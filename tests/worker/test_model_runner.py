@@ -99,3 +99,17 @@ def test_sequences_are_not_changed(model_dir: Path) -> None:
     sequence.block_table = [3, 1, 2]
     driver.runner.run([ScheduledSequence(sequence, len(PROMPT))])
     assert (sequence.token_ids, sequence.num_computed_tokens, sequence.block_table) == (PROMPT, 0, [3, 1, 2])
+
+
+def test_decodes_of_very_different_contexts_in_one_step(model_dir: Path) -> None:
+    prompts = [PROMPT, [7 + i % 300 for i in range(300)], PROMPT[:2], [9 + i % 200 for i in range(280)]]
+    alone = []
+    for prompt in prompts:
+        driver = Driver.of(model_dir, block_size=16)
+        sequence = driver.add(prompt)
+        driver.finish([sequence], 6)
+        alone.append(outputs(sequence))
+    driver = Driver.of(model_dir, block_size=16)
+    sequences = [driver.add(prompt) for prompt in prompts]
+    driver.finish(sequences, 6)
+    assert [outputs(sequence) for sequence in sequences] == alone
