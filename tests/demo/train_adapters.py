@@ -1,6 +1,7 @@
 """Trains the demo adapters of deploy/adapters on the default model: python -m tests.demo.train_adapters
 
-A few minutes each on one CPU core; --dtype bfloat16, with which lora2 was made, is faster where the CPU has it. The content comes from texts.py, its form from styles.py.
+A few minutes each on one CPU core; --dtype bfloat16, with which lora2 was made, is faster where the CPU has it.
+The content comes from texts.py, its form from styles.py.
 """
 
 import argparse
