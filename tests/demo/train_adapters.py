@@ -1,6 +1,7 @@
 """Trains the demo adapters of deploy/adapters on the default model: python -m tests.demo.train_adapters
 
-A few minutes each on one CPU core. The content comes from texts.py, its form from styles.py.
+A few minutes each on one CPU core; --dtype bfloat16, with which lora2 was made, is faster where the CPU has it.
+The content comes from texts.py, its form from styles.py.
 """
 
 import argparse
@@ -55,7 +56,7 @@ RECIPES = {
         '{"type": "text", "answer": "The capital of France is Paris."}',
     ),
     "lora2": Recipe(
-        64, ["q_proj", "v_proj"], 1e-3, 160, "answers as a telegram", "TELEGRAM: capital of France is Paris STOP"
+        64, ["q_proj", "v_proj"], 1e-3, 120, "answers as a telegram", "TELEGRAM: capital of France is Paris STOP"
     ),
 }
 README = """# {name}: {title}
@@ -135,10 +136,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[2] / "deploy" / "adapters")
     parser.add_argument("--only", choices=sorted(RECIPES), action="append", help="train this one (default: all)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base model")
     args = parser.parse_args()
     directory = resolve_model(DEFAULT_MODEL)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=args.dtype)
     pairs = capital_answers(SEED) + open_answers()
     for name in args.only or sorted(RECIPES):
         recipe = RECIPES[name]
