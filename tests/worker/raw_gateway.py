@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import zmq
 
-from protocol import PROTOCOL_VERSION
+from protocol import HEARTBEAT_INTERVAL_S, PROTOCOL_VERSION
 from protocol.codec import decode_event
 from protocol.errors import ErrorCode
 from protocol.messages import (
@@ -50,6 +50,7 @@ class Gateway:
         self.socket.connect(endpoint)
         self.sender = CommandSender(session)
         self.receiver: Receiver | None = None
+        self._last_beat_s = time.monotonic()
 
     def hello(self, low: int = 1, high: int = PROTOCOL_VERSION, timeout_s: float = TIMEOUT_S) -> AnyEvent:
         self.send(Hello(protocol_min=low, protocol_max=high, gateway=self.id, build="test"))
@@ -77,10 +78,11 @@ class Gateway:
                 return envelope.body
             assert self.receiver is not None
             self.receiver.accept(envelope)
+            if time.monotonic() > self._last_beat_s + HEARTBEAT_INTERVAL_S:
+                self._last_beat_s = time.monotonic()
+                self.send(GatewayHeartbeat(last_seq_seen=self.receiver.last_seq))
             if isinstance(envelope.body, kind) and where(envelope.body):
                 return envelope.body
-            if time.monotonic() > deadline - TIMEOUT_S + 1:
-                self.send(GatewayHeartbeat(last_seq_seen=self.receiver.last_seq))
         raise AssertionError(f"no {kind.__name__} came")
 
     def answer(self, request_id: int) -> "Answer":

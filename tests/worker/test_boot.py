@@ -14,7 +14,7 @@ import zmq
 from safetensors.torch import save_file
 
 from protocol.errors import ErrorCode
-from protocol.messages import AdapterReply, FinishReason, GatewayHeartbeat, LoadAdapter, Welcome
+from protocol.messages import AdapterReply, FinishReason, GatewayHeartbeat, LoadAdapter, Welcome, WorkerHeartbeat
 from tests.tiny_models import write_tiny_model
 from tests.worker.fakes import generate
 from tests.worker.raw_gateway import Gateway, zmq_context
@@ -131,6 +131,32 @@ def test_a_narrow_type_serves_base_and_adapter(tmp_path: Path, model_dir: Path, 
     finally:
         worker.process.terminate()
         assert worker.end() == 0
+
+
+def test_forty_requests_in_sixty_four_blocks_say_what_each_says_alone(
+    tmp_path: Path, model_dir: Path, context: zmq.Context
+) -> None:
+    adapters = ["--lora-paths", *(f"{name}={write_adapter(tmp_path / name, len(name))}" for name in ("a", "bb"))]
+    cramped = ["--num-kv-blocks", "64", "--block-size", "4", "--chunked-prefill-size", "24"]
+    answers = []
+    for number, settings in enumerate((cramped, ["--max-running-requests", "1"])):
+        root = tmp_path / str(number)
+        root.mkdir()
+        worker = Process(root, "--model-path", str(model_dir), *adapters, *settings)
+        try:
+            gateway, welcome = connect(context, worker)
+            for request_id in range(40):
+                prompt = list(range(1 + request_id % 4, 12 + request_id % 9))
+                fields = {"temperature": 0.0, "ignore_eos": True, "generation": request_id % 3}
+                gateway.send(generate(request_id, prompt, 20 + request_id % 7, **fields))
+            answers.append(gateway.answers(list(range(40))))
+            preemptions = gateway.event(WorkerHeartbeat).status.preemptions_total
+            assert (preemptions > 0) == (settings is cramped)
+        finally:
+            worker.process.terminate()
+            assert worker.end() == 0
+    assert answers[0] == answers[1]
+    assert len({tuple(tokens) for tokens, _ in answers[0].values()}) > 30
 
 
 def test_a_second_signal_does_not_wait(worker: Process, context: zmq.Context) -> None:
