@@ -283,9 +283,12 @@ def test_nothing_is_said_of_an_aborted_sequence(rig: Rig, gateway: Gateway) -> N
 
 
 def test_a_request_id_in_use_ends_the_session(rig: Rig, gateway: Gateway) -> None:
+    gate = threading.Event()
+    rig.harness.runner.on_run = lambda batch: gate.wait(TIMEOUT_S)
     gateway.send(generate(1, [5], 200))
     gateway.send(generate(1, [6], 200))
     reject = gateway.event(Reject)
+    gate.set()
     assert isinstance(reject, Reject) and "in use" in reject.reason
     wait_for(rig.idle)
 
