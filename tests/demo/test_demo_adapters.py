@@ -62,7 +62,6 @@ def test_styles_put_the_same_content_differently() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_answers_have_their_styles() -> None:
     """Greedy answers of the real model; the base's has no style, and no two are alike."""
     from peft import PeftModel

@@ -56,7 +56,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 # PEFT 0.21 asks transformers 5.23 by a name that the latter is about to drop.
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_deltas_are_those_of_peft(case: str, new_model: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
     torch.manual_seed(len(case))

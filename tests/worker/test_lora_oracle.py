@@ -15,7 +15,6 @@ from worker.chunk_layout import MODULES
 from worker.sequence import Sequence
 
 # PEFT asks transformers for a property that is about to go.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 # Generation -> rank and target modules.
 ADAPTERS: dict[int, tuple[int, list[str]]] = {
