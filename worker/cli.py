@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    # Threads that wait for each other by spinning make a step 5 to 20 times slower as soon as anything else wants a core
+    # Threads that wait for each other by spinning make a step 5 to 20 times slower once anything else wants a core
     # (a step's linears, 2 threads, 2 busy cores: 310 to 1930 ms, passive 90). Read when torch loads OpenMP.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from worker.boot import BootError, Worker  # torch takes seconds; a wrong option is told before
