@@ -1,5 +1,5 @@
-"""For all tests: torch's threads wait as they do in the worker, since tests run beside servers on the same cores."""
+"""For all tests: torch's threads wait for each other as in the worker, since tests run beside servers."""
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -4,16 +4,18 @@
 
 Without --model: random weights of SmolLM2-135M's shape. A round reads all weights, then decodes with one base request,
 one request with an adapter, and eight requests on eight adapters; the best of the rounds is reported, since other
-load on the machine only ever adds. OMP_NUM_THREADS sets the threads. Where other processes want the same cores, set
-OMP_WAIT_POLICY=PASSIVE or one thread: threads that spin for a descheduled sibling make a step 10 times as long.
+load on the machine only ever adds. OMP_NUM_THREADS sets the threads; they wait for each other as in the worker.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads OpenMP, as worker.cli does
 
 import torch
 from torch import Tensor
