@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kernels.segments import LoraSite, Segments
 
+Single = tuple[int, int, list[float]]  # chunk id, row, scales
+
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
@@ -31,6 +33,30 @@ class Task:
     expansions: list[Expansion]  # of the modules that the adapter has here
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Single rows, each through one chunk, whose chunks lie at equal distances in the pool: one product serves them.
+
+    Eight adapters of rank 16 into 1536 columns, 2 threads: 50 us, as eight matrix-vector products 166.
+    """
+
+    rows: Tensor  # int64 [num_rows], all different, of the rows that have an adapter
+    first_row: int
+    inverse: Tensor | None  # where each row stands in `rows`, if `rows` are all rows that have an adapter
+    chunk: int  # 0 for the adapters' first
+    scales: Tensor  # [num_rows, num_modules, 1], in the pool's dtype
+    modules: list[tuple[int, slice, Tensor]]  # module, its columns of y, B [num_rows, out_features, chunk_rank]: a view
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A site's work in a step."""
+
+    tasks: list[Task]  # all of it, for shrink
+    wide_tasks: list[Task]  # those of several rows, for expand
+    runs: list[Run]  # the others, for expand
+
+
 def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, segments: Segments) -> Tensor:
     """Semantics: s[i, j] = x[rows[i]] @ A(chunk j of row i's adapter)ᵀ, for every row that has an adapter.
 
@@ -42,7 +68,7 @@ def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, segments: Segments) -
     max_chunks, width = segments.max_chunks, len(site.out_features) * site.chunk_rank
     s = x.new_empty(x.shape[0], max_chunks, width)
     x_rows, s_rows = x.unbind(0), s.view(-1, width).unbind(0)
-    for task in tasks_of(chunks, site, segments):
+    for task in _work(chunks, site, segments).tasks:
         if task.num_rows == 1:
             # The usual case of a decode. A matrix-vector product costs half of what a product of matrices does here.
             row = task.rows.start
@@ -60,32 +86,83 @@ def lora_expand(y: Tensor, s: Tensor, chunks: Tensor, site: LoraSite, segments: 
     """
     lora_y = y[segments.rows] if segments.span is None else y[segments.span]
     targets = lora_y.split_with_sizes(site.out_features, dim=1)
-    target_rows = [target.unbind(0) for target in targets]
-    _, max_chunks, width = s.shape
-    num_modules = len(targets)
-    s_rows = s.view(-1, site.chunk_rank).unbind(0)
-    for task in tasks_of(chunks, site, segments):
-        row = task.rows.start
-        for expansion in task.expansions:
-            module = expansion.module
-            if task.num_rows == 1:
-                vector = s_rows[(row * max_chunks + task.chunk) * num_modules + module]
-                target_rows[module][row].addmv_(expansion.b, vector, alpha=expansion.scale)
+    s = s.view(*s.shape[:2], -1, site.chunk_rank)
+    work = _work(chunks, site, segments)
+    for task in work.wide_tasks:
+        for part in task.expansions:
+            vectors = s[task.rows, task.chunk, part.module]
+            targets[part.module][task.rows].addmm_(vectors, part.b.t(), alpha=part.scale)
+    for run in work.runs:
+        scaled = s[run.rows, run.chunk] * run.scales
+        for module, columns, b in run.modules:
+            if len(b) == 1:
+                lora_y[run.first_row, columns].addmv_(b[0], scaled[0, module])
+                continue
+            product = torch.bmm(scaled[:, module, None], b.mT)[:, 0]
+            if run.inverse is not None:
+                lora_y[:, columns].add_(product.index_select(0, run.inverse))
             else:
-                columns = slice(module * site.chunk_rank, (module + 1) * site.chunk_rank)
-                part = s[task.rows, task.chunk, columns]
-                targets[module][task.rows].addmm_(part, expansion.b.t(), alpha=expansion.scale)
+                lora_y[:, columns].index_add_(0, run.rows, product)
     if segments.span is None:
         y[segments.rows] = lora_y
 
 
-def tasks_of(chunks: Tensor, site: LoraSite, segments: Segments) -> list[Task]:
+def _work(chunks: Tensor, site: LoraSite, segments: Segments) -> Work:
     """The work of a site. Kept in the segments, whose views then serve every step of an unchanged batch."""
     key = (chunks.data_ptr(), site.a_offset)
-    tasks = segments.tasks.get(key)
-    if tasks is None:
-        tasks = segments.tasks[key] = _make_tasks(chunks, site, segments)
-    return tasks
+    work = segments.work.get(key)
+    if work is None:
+        work = segments.work[key] = _make_work(chunks, site, segments)
+    return work
+
+
+def _make_work(chunks: Tensor, site: LoraSite, segments: Segments) -> Work:
+    tasks = _make_tasks(chunks, site, segments)
+    singles: dict[int, list[Single]] = {}  # by chunk: a row stands once in each
+    for i, chunk_ids in enumerate(segments.chunk_ids):
+        scales = _scales(site, segments, i)
+        if segments.indptr[i + 1] - segments.indptr[i] == 1 and any(scales):
+            for j, chunk_id in enumerate(chunk_ids):
+                singles.setdefault(j, []).append((chunk_id, segments.indptr[i], scales))
+    runs = [
+        _make_run(chunks, site, segments, j, run) for j, those in singles.items() for run in _equal_steps(sorted(those))
+    ]
+    return Work(tasks, [task for task in tasks if task.num_rows > 1], runs)
+
+
+def _equal_steps(singles: list[Single]) -> list[list[Single]]:
+    """Cuts a list sorted by chunk id into runs within which the ids grow by equal steps."""
+    runs: list[list[Single]] = []
+    for single in singles:
+        run = runs[-1] if runs else []
+        if len(run) == 1 or (run and single[0] - run[-1][0] == run[1][0] - run[0][0]):
+            run.append(single)
+        else:
+            runs.append([single])
+    return runs
+
+
+def _make_run(chunks: Tensor, site: LoraSite, segments: Segments, chunk: int, run: list[Single]) -> Run:
+    rows = torch.tensor([row for _, row, _ in run], device=chunks.device)
+    is_all = len(run) == segments.indptr[-1]
+    step = run[1][0] - run[0][0] if len(run) > 1 else 1
+    start = int(chunks.storage_offset()) + run[0][0] * chunks.stride(0) + site.b_offset
+    modules: list[tuple[int, slice, Tensor]] = []
+    first_out = 0
+    for module, num_out in enumerate(site.out_features):
+        if any(scales[module] for *_, scales in run):
+            size = (len(run), num_out, site.chunk_rank)
+            strides = (step * chunks.stride(0), site.chunk_rank, 1)
+            b = chunks.as_strided(size, strides, start + first_out * site.chunk_rank)
+            modules.append((module, slice(first_out, first_out + num_out), b))
+        first_out += num_out
+    scales = torch.tensor([scales for *_, scales in run], dtype=chunks.dtype, device=chunks.device)
+    return Run(rows, run[0][1], rows.argsort() if is_all else None, chunk, scales[:, :, None], modules)
+
+
+def _scales(site: LoraSite, segments: Segments, segment: int) -> list[float]:
+    """A segment's scales at a site, one for each module."""
+    return segments.scale_table[segment][site.layer][site.first_module : site.first_module + len(site.out_features)]
 
 
 def _make_tasks(chunks: Tensor, site: LoraSite, segments: Segments) -> list[Task]:
@@ -93,7 +170,7 @@ def _make_tasks(chunks: Tensor, site: LoraSite, segments: Segments) -> list[Task
     num_modules = len(site.out_features)
     for i, chunk_ids in enumerate(segments.chunk_ids):
         first, last = segments.indptr[i], segments.indptr[i + 1]
-        scales = segments.scale_table[i][site.layer][site.first_module : site.first_module + num_modules]
+        scales = _scales(site, segments, i)
         if not any(scales):
             continue
         for j, chunk_id in enumerate(chunk_ids):

@@ -38,7 +38,7 @@ class Segments:
     chunk_ids: tuple[tuple[int, ...], ...]
     scales: Tensor  # float32 [num_segments, num_layers, num_modules]; 0: the adapter has nothing there
     scale_table: tuple[list[list[float]], ...]  # scales again, for ops that read them on the host
-    tasks: dict[Any, Any] = field(default_factory=dict)  # what an op works out of them once, by its own key
+    work: dict[Any, Any] = field(default_factory=dict)  # what an op works out of them once, by its own key
 
     @property
     def max_chunks(self) -> int:
