@@ -1,33 +1,21 @@
-"""The ops that the model's layers are made of. This package imports nothing of the project."""
+"""The ops that the model's layers are made of. This package imports nothing of the project.
 
-from kernels.reference import (
-    AttentionPlan,
-    DecodeGroup,
-    PrefillSpan,
-    add_rms_norm,
-    kv_rows,
-    paged_attention,
-    rms_norm,
-    rotary,
-    silu_and_mul,
-    store_kv,
-)
-from kernels.reference_lora import lora_expand, lora_shrink
+Each op is a module of its name with the Triton kernel; its torch twin, which says what it means, is in
+kernels.reference or kernels.reference_lora.
+"""
+
+from kernels.reference import AttentionPlan, DecodeGroup, PrefillSpan, kv_rows
 from kernels.segments import LoraSite, Segments
+from kernels.work_list import AdapterRows, LoraDelta, WorkList
 
 __all__ = [
+    "AdapterRows",
     "AttentionPlan",
     "DecodeGroup",
+    "LoraDelta",
     "LoraSite",
     "PrefillSpan",
     "Segments",
-    "add_rms_norm",
+    "WorkList",
     "kv_rows",
-    "lora_expand",
-    "lora_shrink",
-    "paged_attention",
-    "rms_norm",
-    "rotary",
-    "silu_and_mul",
-    "store_kv",
 ]

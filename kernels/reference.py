@@ -53,13 +53,14 @@ def silu_and_mul(x: Tensor, delta: LoraDelta | None = None) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def store_kv(kv: Tensor, cache: Tensor, slot_blocks: Tensor, slot_offsets: Tensor) -> None:
-    """Semantics: cache[slot_blocks[token], :, :, slot_offsets[token]] = kv[token].
+def store_kv(kv: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    """Semantics: the slot slot_mapping[token], counted through all blocks, of cache takes kv[token].
 
     kv [num_tokens, 2, num_kv_heads, head_dim]; cache: one layer of the KV cache,
-    [num_blocks, 2, num_kv_heads, block_size, head_dim]; slot_blocks, slot_offsets int64 [num_tokens], no slot twice.
+    [num_blocks, 2, num_kv_heads, block_size, head_dim]; slot_mapping int64 [num_tokens], no slot twice.
     """
-    cache[slot_blocks, :, :, slot_offsets] = kv
+    block_size = cache.shape[3]
+    cache[slot_mapping // block_size, :, :, slot_mapping % block_size] = kv
 
 
 def rotary_store_kv(

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from worker.layers.ops import TORCH, Ops
 from worker.model_config import ModelConfig, ModelError
 from worker.models.decoder import Decoder
 
@@ -108,11 +109,15 @@ def _file_of_tensors(model_dir: Path, files: dict[str, TensorFile]) -> dict[str,
 
 
 def load_model(
-    model_dir: Path, dtype: torch.dtype, device: torch.device, progress: Progress = lambda done, total: None
+    model_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress = lambda done, total: None,
+    ops: Ops = TORCH,
 ) -> tuple[Decoder, ModelConfig]:
     """The model of a directory with config.json and safetensors. Raises ModelError naming the key or tensor."""
     config = ModelConfig.read(model_dir)
     reader = WeightReader(model_dir, dtype, device, progress)
-    model = Decoder(config, reader)
+    model = Decoder(config, reader, ops)
     reader.check_all_taken()
     return model, config
