@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from worker.adapter_weights import PackedAdapter
-from worker.chunk_layout import ChunkLayout
+from worker.chunk_layout import MODULES, ChunkLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,8 @@ class AdapterPool:
     def __init__(self, layout: ChunkLayout, num_chunks: int, dtype: torch.dtype, device: torch.device) -> None:
         self.layout = layout
         self.chunks = torch.zeros(num_chunks, layout.chunk_size, dtype=dtype, device=device)
+        # float32 [num_chunks, num_layers, len(MODULES)]: an adapter's scales, at its first chunk's place
+        self.scales = torch.zeros(num_chunks, layout.num_layers, len(MODULES), device=device)
         self._residents: dict[int, ResidentAdapter] = {}
         self._owners: dict[int, int] = {}  # chunk id → generation
 
@@ -35,7 +37,8 @@ class AdapterPool:
         for chunk_id, chunk in zip(chunk_ids, packed.chunks, strict=True):
             self.chunks[chunk_id].copy_(chunk)
         self._owners.update(dict.fromkeys(chunk_ids, generation))
-        self._residents[generation] = ResidentAdapter(tuple(chunk_ids), packed.scales.to(self.chunks.device))
+        scales = self.scales[chunk_ids[0]].copy_(packed.scales)
+        self._residents[generation] = ResidentAdapter(tuple(chunk_ids), scales)
 
     def remove(self, generation: int) -> None:
         """Forget an adapter; its chunks may be given to another."""

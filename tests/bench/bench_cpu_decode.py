@@ -172,10 +172,10 @@ def measure(bench: Bench, rounds: int) -> dict[str, float]:
     }
 
 
-def append_csv(path: Path, name: str, metrics: dict[str, float]) -> None:
-    """One line a metric: date, commit, machine, benchmark, metric, value."""
+def append_csv(path: Path, name: str, metrics: dict[str, float], on: str = "", commit: str = "") -> None:
+    """One line a metric: date, commit, machine, benchmark, metric, value. on: the machine; default: machine()."""
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    head = [datetime.date.today().isoformat(), git.stdout.strip(), machine(), name]
+    head = [datetime.date.today().isoformat(), commit or git.stdout.strip(), on or machine(), name]
     is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
