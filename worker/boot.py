@@ -159,7 +159,10 @@ def _make_adapters(
         max_lora_rank=config.max_lora_rank,
         target_modules=config.target_modules,
     )
-    roots = [Path(root) for root in config.adapter_root]
+    roots, target = [Path(root) for root in config.adapter_root], base.target
+    loader = AdapterLoader(
+        base.config, target.dtype, limits, store_dir, roots, config.hub_allow, target.device.type == "cuda"
+    )
     return AdapterService(
         AdapterCache(
             num_chunks=base.plan.num_chunks,
@@ -168,7 +171,7 @@ def _make_adapters(
             policy=config.lora_eviction_policy,
         ),
         pool,
-        AdapterLoader(base.config, base.target.dtype, limits, store_dir, roots, config.hub_allow),
+        loader,
         outbox,
         Background("adapter-load", NUM_LOAD_THREADS, inbox),
         Background("adapter-reload", NUM_RELOAD_THREADS, inbox),
