@@ -24,7 +24,7 @@ def _combine(
     bests = tl.load(pairs, mask=is_part, other=LOWEST, cache_modifier=".cg")
     totals = tl.load(pairs + 1, mask=is_part, other=0.0, cache_modifier=".cg")
     best = tl.max(bests, 1)
-    total = tl.sum(totals * tl.exp2(bests - best[:, None]), 1)
+    total = tl.where(is_head, tl.sum(totals * tl.exp2(bests - best[:, None]), 1), 1.0)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for part in tl.range(num_used):
         place = heads * NUM_SPLITS + part

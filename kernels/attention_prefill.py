@@ -49,6 +49,7 @@ def _attention_prefill(
             is_seen = is_seen & (tokens[None, :] > positions[:, None] - window)
         best, total, acc = attend_tile(query, k, v, is_seen, scale * LOG2_E, best, total, acc)
     place = out + rows * (NUM_KV_HEADS * GROUP * HEAD_DIM) + heads[:, None] * HEAD_DIM + dims[None, :]
+    total = tl.where(tokens_of_members < num_rows, total, 1.0)
     tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 

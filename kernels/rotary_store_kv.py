@@ -23,8 +23,10 @@ def _finish_head(
     mask = is_row[:, None] & (columns < HALF)[None, :]
     if head < NUM_HEADS + NUM_KV_HEADS:
         if HAS_NORM:
-            is_q, is_k = (columns < HALF) & (head < NUM_HEADS), (columns < HALF) & (head >= NUM_HEADS)
-            weight_low = tl.load(q_norm + columns, mask=is_q, other=0.0) + tl.load(k_norm + columns, mask=is_k, other=0.0)
+            num_of_q = tl.where(head < NUM_HEADS, HALF, 0)
+            is_q, is_k = columns < num_of_q, columns < HALF - num_of_q
+            weight_low = tl.load(q_norm + columns, mask=is_q, other=0.0)
+            weight_low += tl.load(k_norm + columns, mask=is_k, other=0.0)
             weight_high = tl.load(q_norm + HALF + columns, mask=is_q, other=0.0)
             weight_high += tl.load(k_norm + HALF + columns, mask=is_k, other=0.0)
             rstd = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_DIM + eps)
