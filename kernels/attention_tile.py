@@ -34,11 +34,11 @@ def attend_tile(q, k, v, is_seen, scale, best, total, acc):
 
     scale holds log2(e), since the weights are powers of two.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
     scores = tl.where(is_seen, scores, LOWEST)
     new_best = tl.maximum(best, tl.max(scores, 1))
     weights = tl.exp2(scores - new_best[:, None])
     shrink = tl.exp2(best - new_best)
     total = total * shrink + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
     return new_best, total, acc

@@ -38,7 +38,7 @@ class AttentionShape(NamedTuple):
 
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 2, **constants: Any) -> None:
     """Launch a jit function on the current stream."""
-    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constants)
 
 
 @functools.cache
@@ -64,13 +64,14 @@ def rms_norm_warps(size: int) -> int:
     return min(16, max(1, padded(size) // 256))
 
 
-def silu_shape(num_columns: int, has_lora: bool) -> Shape:
-    """Without adapters a program takes a piece of one row."""
-    return Shape(min(128, padded(num_columns)), 4) if has_lora else Shape(min(1024, padded(num_columns)), 4)
+def silu_shape(num_columns: int) -> Shape:
+    """One row a program."""
+    return Shape(min(1024, padded(num_columns)), 4)
 
 
-def expand_shape(num_columns: int) -> Shape:
-    return Shape(min(128, padded(num_columns)), 4)
+def expand_shape(num_columns: int, block_rows: int) -> Shape:
+    """Of the kernels that add s · Bᵀ: block_rows rows a program."""
+    return Shape(min(128, padded(num_columns)), 4 if block_rows <= 16 else 8)
 
 
 ROTARY_ROWS = 16  # of a program without adapters

@@ -1,5 +1,6 @@
 """LoRA expand: adds scale · s · Bᵀ to the rows that have an adapter; on its own where no pointwise kernel follows."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,7 +13,7 @@ from kernels.work_list import WorkList
 _NUM_LORA_SEGMENTS = tl.constexpr(work_list.NUM_LORA_SEGMENTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_index"])
 def _lora_expand(
     y, s, chunks, records, counts, scales, y_stride, chunk_stride, b_offset, slot_stride, scale_index,
     N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -43,8 +44,8 @@ def lora_expand(y: Tensor, s: Tensor, chunks: Tensor, site: LoraSite, work: Work
     """
     (out_features,) = site.out_features
     assert y.shape[1] == out_features and y.stride(1) == 1 and chunks.stride(1) == 1
-    assert s.dtype is y.new_empty(0).float().dtype and s.is_contiguous() and s.shape[1] == work.max_chunks
-    shape = launch.expand_shape(out_features)
+    assert s.dtype == torch.float32 and s.is_contiguous() and s.shape[1] == work.max_chunks
+    shape = launch.expand_shape(out_features, work.block_rows)
     launch.start(
         _lora_expand,
         launch.persistent_grid(y.device, work.max_segments * -(-out_features // shape.block), 8),

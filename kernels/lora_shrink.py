@@ -13,7 +13,7 @@ from kernels.work_list import WorkList
 _NUM_TASKS = tl.constexpr(work_list.NUM_TASKS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_index"])
 def _lora_shrink(
     x, chunks, s, partials, records, tasks, counts, scales, semaphores, x_stride, chunk_stride, a_offset, slot_stride,
     scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr,
@@ -44,7 +44,7 @@ def _lora_shrink(
                     is_column = columns + block * BLOCK_K < K
                     a = tl.load(a_tile + block * BLOCK_K, mask=is_column[:, None], other=0.0)
                     values = tl.load(x_tile + block * BLOCK_K, mask=is_row[:, None] & is_column[None, :], other=0.0)
-                total = tl.dot(values, a, total, input_precision="ieee")
+                total = tl.dot(values, a, total, input_precision="tf32x3")
             place = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)[:, None] + i * WIDTH + module * RANK + ranks[None, :]
             mask = is_row[:, None] & (ranks[None, :] >= 0)
             if NUM_SPLITS == 1:

@@ -53,5 +53,5 @@ def delta_tile(
             other=0.0,
         )
         a = tl.load(s_tile + i * WIDTH, mask=is_row[:, None] & (ranks[None, :] >= 0), other=0.0)
-        delta = tl.dot(a.to(b.dtype), b, delta, input_precision="ieee")
+        delta = tl.dot(a.to(b.dtype), b, delta, input_precision="tf32x3")
     return delta

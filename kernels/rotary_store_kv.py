@@ -51,7 +51,7 @@ def _finish_head(
         tl.store(place + HALF, high.to(cache.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rotary_store_kv(
     qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, num_rows, qkv_stride, cos_stride, block_stride, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
@@ -72,7 +72,7 @@ def _rotary_store_kv(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_index"])
 def _rotary_store_kv_lora(
     qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, s, chunks, records, counts, scales, qkv_stride,
     cos_stride, block_stride, chunk_stride, b_offset, slot_stride, scale_index, eps, NUM_HEADS: tl.constexpr,

@@ -22,7 +22,7 @@ def _silu_and_mul(gate_up, y, gate_up_stride, N: tl.constexpr, BLOCK: tl.constex
     tl.store(y + row * N + columns, (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_index"])
 def _silu_and_mul_lora(
     gate_up, y, s, chunks, records, counts, scales, gate_up_stride, chunk_stride, b_offset, slot_stride, scale_index,
     N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -65,18 +65,18 @@ def silu_and_mul(gate_up: Tensor, delta: LoraDelta | None = None) -> Tensor:
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     assert gate_up.stride(1) == 1
     y = torch.empty(num_rows, size, dtype=gate_up.dtype, device=gate_up.device)
-    shape = launch.silu_shape(size, delta is not None)
-    num_tiles = -(-size // shape.block)
     if delta is None:
+        shape = launch.silu_shape(size)
         launch.start(
-            _silu_and_mul, (num_tiles, num_rows), gate_up, y, gate_up.stride(0),
+            _silu_and_mul, (-(-size // shape.block), num_rows), gate_up, y, gate_up.stride(0),
             num_warps=shape.num_warps, N=size, BLOCK=shape.block,
         )  # fmt: skip
         return y
     work, site = delta.segments, delta.site
     assert isinstance(work, WorkList) and site.out_features == (size, size)
+    shape = launch.expand_shape(size, work.block_rows)
     launch.start(
-        _silu_and_mul_lora, launch.persistent_grid(y.device, work.max_segments * num_tiles, 8),
+        _silu_and_mul_lora, launch.persistent_grid(y.device, work.max_segments * -(-size // shape.block), 8),
         gate_up, y, delta.s, delta.chunks, work.records, work.counts, work.scales, gate_up.stride(0),
         delta.chunks.stride(0), site.b_offset, work.scales.stride(0),
         site.layer * work.scales.shape[2] + site.first_module,

@@ -12,6 +12,8 @@ _KERNEL_TESTS = [
     path.name for path in _HERE.glob("test_*.py") if "from tests.kernels.cases import" in path.read_text("utf-8")
 ]
 collect_ignore = ["test_in_interpreter.py"] if RUNS_KERNELS else _KERNEL_TESTS
+if not torch.cuda.is_available():
+    collect_ignore = [*collect_ignore, "test_on_gpu.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
