@@ -84,8 +84,8 @@ def rotary_warps(block_rows: int) -> int:
 def shrink_shape(in_features: int, num_modules: int, max_rows: int, block_rows: int, device: torch.device) -> ShrinkShape:
     """Decode: many work items of one load each, for latency. Prefill: just enough items to fill the GPU."""
     if block_rows <= 16:
-        block_k = min(512, padded(in_features))
-        return ShrinkShape(block_k, 1, -(-in_features // block_k), 4, 1)
+        num_blocks = 4 if in_features <= 8192 else 8
+        return ShrinkShape(128, num_blocks, -(-in_features // (128 * num_blocks)), 4, 3)
     num_blocks = -(-in_features // 128)
     items = -(-max_rows // block_rows) * num_modules
     num_splits = max(1, min(8, num_blocks, 2 * num_sms(device) // items))

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch, work_list
-from kernels.lora_tile import adapter_scales, delta_tile
+from kernels.lora_tile import add_product, b_tile, live_ranks, num_chunks, s_rows, s_tile
 from kernels.segments import LoraSite
 from kernels.work_list import WorkList
 
@@ -15,26 +15,31 @@ _NUM_LORA_SEGMENTS = tl.constexpr(work_list.NUM_LORA_SEGMENTS)
 
 @triton.jit(do_not_specialize=["scale_index"])
 def _lora_expand(
-    y, s, chunks, records, counts, scales, y_stride, chunk_stride, b_offset, slot_stride, scale_index,
+    y, s, chunks, records, counts, scales, y_stride, chunk_stride, b_offset, scales_stride, scale_index,
     N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     NUM_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     for item in tl.range(tl.program_id(0), tl.load(counts + _NUM_LORA_SEGMENTS) * NUM_TILES, tl.num_programs(0)):
-        record = records + item // NUM_TILES * RECORD
+        segment = item // NUM_TILES
+        record = records + segment * RECORD
+        scale = tl.load(scales + segment * scales_stride + scale_index)
         rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
+        n = num_chunks(record, BLOCK_ROWS)
+        rows_of_s = s_rows(record, MAX_CHUNKS, RANK, BLOCK_ROWS)
         columns = item % NUM_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-        is_row, is_column = rows >= 0, columns < N
-        scale = tl.load(adapter_scales(record, scales, slot_stride, scale_index, BLOCK_ROWS))
-        if scale != 0.0:
-            y_tile = y + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
-            mask = is_row[:, None] & is_column[None, :]
-            old = tl.load(y_tile, mask=mask, other=0.0).to(tl.float32)
-            delta = delta_tile(
-                record, is_row, s, chunks, chunk_stride, b_offset, columns, is_column, 0,
-                MAX_CHUNKS, RANK, RANK, BLOCK_ROWS, BLOCK_N,
-            )  # fmt: skip
-            tl.store(y_tile, (old + delta * scale).to(y.dtype.element_ty), mask=mask)
+        live = live_ranks(scale, n, RANK)
+        is_row, is_column = rows >= 0, columns < tl.where(live > 0, N, 0)
+        y_tile = y + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
+        mask = is_row[:, None] & is_column[None, :]
+        b = b_tile(record, 0, chunks, chunk_stride, b_offset, columns, is_column, live, BLOCK_ROWS, RANK)
+        a = s_tile(s, rows_of_s, 0, 0, is_row, live, RANK, RANK)
+        old = tl.load(y_tile, mask=mask, other=0.0).to(tl.float32)
+        delta = add_product(tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32), a, b)
+        for i in tl.range(1, n):
+            b = b_tile(record, i, chunks, chunk_stride, b_offset, columns, is_column, live, BLOCK_ROWS, RANK)
+            delta = add_product(delta, s_tile(s, rows_of_s, i, 0, is_row, live, RANK, RANK), b)
+        tl.store(y_tile, (old + delta * scale).to(y.dtype.element_ty), mask=mask)
 
 
 def lora_expand(y: Tensor, s: Tensor, chunks: Tensor, site: LoraSite, work: WorkList) -> None:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch, work_list
-from kernels.lora_tile import adapter_scales, chunk_id, s_rows
+from kernels.lora_tile import s_rows
 from kernels.segments import LoraSite
 from kernels.work_list import WorkList
 
@@ -15,7 +15,7 @@ _NUM_TASKS = tl.constexpr(work_list.NUM_TASKS)
 
 @triton.jit(do_not_specialize=["scale_index"])
 def _lora_shrink(
-    x, chunks, s, partials, records, tasks, counts, scales, semaphores, x_stride, chunk_stride, a_offset, slot_stride,
+    x, chunks, s, partials, records, tasks, counts, scales, semaphores, x_stride, chunk_stride, a_offset, scales_stride,
     scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr,
     RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, NUM_BLOCKS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
@@ -26,13 +26,16 @@ def _lora_shrink(
         split = item % NUM_SPLITS
         module = item // NUM_SPLITS % NUM_MODULES
         task = item // (NUM_SPLITS * NUM_MODULES)
-        record = records + tl.load(tasks + 2 * task) * RECORD
-        i = tl.load(tasks + 2 * task + 1)
+        segment = tl.load(tasks + 4 * task)
+        i = tl.load(tasks + 4 * task + 1)
+        chunk = tl.load(tasks + 4 * task + 2).to(tl.int64)
+        record = records + segment * RECORD
         rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
-        if tl.load(adapter_scales(record, scales, slot_stride, scale_index + module, BLOCK_ROWS)) != 0.0:
+        place = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)[:, None] + i * WIDTH + module * RANK + ranks[None, :]
+        if tl.load(scales + segment * scales_stride + scale_index + module) != 0.0:
             is_row = rows >= 0
             columns = split * (NUM_BLOCKS * BLOCK_K) + tl.arange(0, BLOCK_K)
-            a_module = chunks + chunk_id(record, i, BLOCK_ROWS) * chunk_stride + a_offset + module * RANK * K
+            a_module = chunks + chunk * chunk_stride + a_offset + module * RANK * K
             a_tile = a_module + ranks[None, :] * K + columns[:, None]
             x_tile = x + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
             total = tl.zeros((BLOCK_ROWS, RANK), tl.float32)
@@ -45,7 +48,6 @@ def _lora_shrink(
                     a = tl.load(a_tile + block * BLOCK_K, mask=is_column[:, None], other=0.0)
                     values = tl.load(x_tile + block * BLOCK_K, mask=is_row[:, None] & is_column[None, :], other=0.0)
                 total = tl.dot(values, a, total, input_precision="tf32x3")
-            place = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)[:, None] + i * WIDTH + module * RANK + ranks[None, :]
             mask = is_row[:, None] & (ranks[None, :] >= 0)
             if NUM_SPLITS == 1:
                 tl.store(s + place, total, mask=mask)

@@ -1,4 +1,8 @@
-"""What the LoRA kernels share: reading a segment's record, and one tile of s · Bᵀ. See WorkList for the record."""
+"""What the LoRA kernels share: reading a segment's record, and tiles of s and B. See WorkList for the record.
+
+Nothing here branches on what it has loaded: loads that wait for a branch stand in a row instead of side by side, and
+these kernels cost little but such waits. What is absent is masked instead, and reads no bytes.
+"""
 
 import triton
 import triton.language as tl
@@ -6,15 +10,8 @@ import triton.language as tl
 from kernels import work_list
 
 _FIRST = tl.constexpr(work_list.FIRST)
-_SLOT = tl.constexpr(work_list.SLOT)
 _NUM_CHUNKS = tl.constexpr(work_list.NUM_CHUNKS)
 _CHUNK_IDS = tl.constexpr(work_list.CHUNK_IDS)
-
-
-@triton.jit
-def adapter_scales(record, scales, slot_stride, scale_index, BLOCK_ROWS: tl.constexpr):
-    """Pointer to a segment's scale of one layer and module. scale_index: layer · num_modules + module."""
-    return scales + tl.load(record + BLOCK_ROWS + _SLOT).to(tl.int64) * slot_stride + scale_index
 
 
 @triton.jit
@@ -24,9 +21,9 @@ def num_chunks(record, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def chunk_id(record, i, BLOCK_ROWS: tl.constexpr):
-    """The pool's row where chunk i of a segment's adapter stands."""
-    return tl.load(record + BLOCK_ROWS + _CHUNK_IDS + i).to(tl.int64)
+def live_ranks(scale, num_chunks_of_segment, RANK: tl.constexpr):
+    """How many ranks of a chunk a segment reads of one module: all of them or, where nothing is to add, none."""
+    return tl.where(scale != 0.0, tl.minimum(num_chunks_of_segment, 1) * RANK, 0)
 
 
 @triton.jit
@@ -37,21 +34,25 @@ def s_rows(record, MAX_CHUNKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl
 
 
 @triton.jit
-def delta_tile(
-    record, is_row, s, chunks, chunk_stride, b_offset, columns, is_column, module, MAX_CHUNKS: tl.constexpr,
-    WIDTH: tl.constexpr, RANK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Sum over the adapter's chunks of s · Bᵀ for one segment and the given rows of B, unscaled: float32."""
+def s_tile(s, rows, i, module, is_row, live, WIDTH: tl.constexpr, RANK: tl.constexpr):
+    """s of one chunk and module: float32 [BLOCK_ROWS, RANK]. rows from s_rows, live from live_ranks."""
     ranks = tl.arange(0, RANK)
-    s_tile = s + s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)[:, None] + module * RANK + ranks[None, :]
-    b_tile = chunks + b_offset + columns[None, :] * RANK + ranks[:, None]
-    delta = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
-    for i in tl.range(num_chunks(record, BLOCK_ROWS)):
-        b = tl.load(
-            b_tile + chunk_id(record, i, BLOCK_ROWS) * chunk_stride,
-            mask=is_column[None, :] & (ranks[:, None] >= 0),
-            other=0.0,
-        )
-        a = tl.load(s_tile + i * WIDTH, mask=is_row[:, None] & (ranks[None, :] >= 0), other=0.0)
-        delta = tl.dot(a.to(b.dtype), b, delta, input_precision="tf32x3")
-    return delta
+    place = s + rows[:, None] + i * WIDTH + module * RANK + ranks[None, :]
+    return tl.load(place, mask=is_row[:, None] & (ranks[None, :] < live), other=0.0)
+
+
+@triton.jit
+def b_tile(
+    record, i, chunks, chunk_stride, b_offset, columns, is_column, live, BLOCK_ROWS: tl.constexpr, RANK: tl.constexpr
+):
+    """Rows of B, given by columns, of a segment's chunk i, transposed: [RANK, number of columns]."""
+    ranks = tl.arange(0, RANK)
+    chunk = tl.load(record + BLOCK_ROWS + _CHUNK_IDS + i).to(tl.int64)
+    place = chunks + chunk * chunk_stride + b_offset + columns[None, :] * RANK + ranks[:, None]
+    return tl.load(place, mask=is_column[None, :] & (ranks[:, None] < live), other=0.0)
+
+
+@triton.jit
+def add_product(delta, a, b):
+    """delta + a · b, in float32."""
+    return tl.dot(a.to(b.dtype), b, delta, input_precision="tf32x3")

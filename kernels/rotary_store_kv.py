@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch, work_list
-from kernels.lora_tile import adapter_scales, delta_tile, num_chunks
+from kernels.lora_tile import add_product, b_tile, live_ranks, num_chunks, s_rows, s_tile
 from kernels.work_list import LoraDelta, WorkList
 
 _NUM_SEGMENTS = tl.constexpr(work_list.NUM_SEGMENTS)
@@ -75,7 +75,7 @@ def _rotary_store_kv(
 @triton.jit(do_not_specialize=["scale_index"])
 def _rotary_store_kv_lora(
     qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, s, chunks, records, counts, scales, qkv_stride,
-    cos_stride, block_stride, chunk_stride, b_offset, slot_stride, scale_index, eps, NUM_HEADS: tl.constexpr,
+    cos_stride, block_stride, chunk_stride, b_offset, scales_stride, scale_index, eps, NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr,
     RECORD: tl.constexpr,
@@ -87,33 +87,45 @@ def _rotary_store_kv_lora(
     is_column = columns < HALF
     for item in tl.range(tl.program_id(0), tl.load(counts + _NUM_SEGMENTS) * ALL_HEADS, tl.num_programs(0)):
         head = item % ALL_HEADS
-        record = records + item // ALL_HEADS * RECORD
+        segment = item // ALL_HEADS
+        record = records + segment * RECORD
+        module = (head >= NUM_HEADS).to(tl.int32) + (head >= NUM_HEADS + NUM_KV_HEADS).to(tl.int32)
+        scale = tl.load(scales + segment * scales_stride + scale_index + module)
+        n = num_chunks(record, BLOCK_ROWS)
         rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
+        rows_of_s = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)
         is_row = rows >= 0
         mask = is_row[:, None] & is_column[None, :]
+        live = live_ranks(scale, n, RANK)
+        has_delta = live > 0
+        of_low, of_high = head * HEAD_DIM + columns, head * HEAD_DIM + HALF + columns
+        b_low = b_tile(record, 0, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
+        b_high = b_tile(record, 0, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
+        a = s_tile(s, rows_of_s, 0, module, is_row, live, WIDTH, RANK)
         place = qkv + rows.to(tl.int64)[:, None] * qkv_stride + head * HEAD_DIM + columns[None, :]
-        low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-        high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
-        module = (head >= NUM_HEADS).to(tl.int32) + (head >= NUM_HEADS + NUM_KV_HEADS).to(tl.int32)
-        scale = 0.0
-        if num_chunks(record, BLOCK_ROWS) > 0:
-            scale = tl.load(adapter_scales(record, scales, slot_stride, scale_index + module, BLOCK_ROWS))
-        if scale != 0.0:
-            first = head * HEAD_DIM + columns
-            low += scale * delta_tile(
-                record, is_row, s, chunks, chunk_stride, b_offset, first, is_column, module,
-                MAX_CHUNKS, WIDTH, RANK, BLOCK_ROWS, BLOCK_HALF,
-            )  # fmt: skip
-            high += scale * delta_tile(
-                record, is_row, s, chunks, chunk_stride, b_offset, first + HALF, is_column, module,
-                MAX_CHUNKS, WIDTH, RANK, BLOCK_ROWS, BLOCK_HALF,
-            )  # fmt: skip
+        is_wanted = is_row[:, None] & (columns < tl.where(has_delta, HALF, 0))[None, :]
+        low = tl.load(place, mask=is_wanted, other=0.0).to(tl.float32)
+        high = tl.load(place + HALF, mask=is_wanted, other=0.0).to(tl.float32)
+        if has_delta:
+            delta_low = add_product(tl.zeros((BLOCK_ROWS, BLOCK_HALF), tl.float32), a, b_low)
+            delta_high = add_product(tl.zeros((BLOCK_ROWS, BLOCK_HALF), tl.float32), a, b_high)
+            for i in tl.range(1, n):
+                b_low = b_tile(record, i, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
+                b_high = b_tile(record, i, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
+                a = s_tile(s, rows_of_s, i, module, is_row, live, WIDTH, RANK)
+                delta_low = add_product(delta_low, a, b_low)
+                delta_high = add_product(delta_high, a, b_high)
+            low += delta_low * scale
+            high += delta_high * scale
             _finish_head(
                 low, high, head, rows, is_row, qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, qkv_stride,
                 cos_stride, block_stride, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
             )  # fmt: skip
         else:
-            # Written out twice, so that the base model's rows see the very operations of _rotary_store_kv.
+            # Loaded and finished on their own, so that rows without a delta see the very operations, in the very
+            # layout of registers, of _rotary_store_kv: the order in which a head's squares are added counts.
+            low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+            high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
             _finish_head(
                 low, high, head, rows, is_row, qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, qkv_stride,
                 cos_stride, block_stride, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch, work_list
-from kernels.lora_tile import adapter_scales, delta_tile, num_chunks
+from kernels.lora_tile import add_product, b_tile, live_ranks, num_chunks, s_rows, s_tile
 from kernels.work_list import LoraDelta, WorkList
 
 _NUM_SEGMENTS = tl.constexpr(work_list.NUM_SEGMENTS)
@@ -24,35 +24,44 @@ def _silu_and_mul(gate_up, y, gate_up_stride, N: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit(do_not_specialize=["scale_index"])
 def _silu_and_mul_lora(
-    gate_up, y, s, chunks, records, counts, scales, gate_up_stride, chunk_stride, b_offset, slot_stride, scale_index,
+    gate_up, y, s, chunks, records, counts, scales, gate_up_stride, chunk_stride, b_offset, scales_stride, scale_index,
     N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = 2 * RANK
     NUM_TILES: tl.constexpr = (N + BLOCK - 1) // BLOCK
     for item in tl.range(tl.program_id(0), tl.load(counts + _NUM_SEGMENTS) * NUM_TILES, tl.num_programs(0)):
-        record = records + item // NUM_TILES * RECORD
+        segment = item // NUM_TILES
+        record = records + segment * RECORD
+        scale_of_gate = tl.load(scales + segment * scales_stride + scale_index)
+        scale_of_up = tl.load(scales + segment * scales_stride + scale_index + 1)
+        n = num_chunks(record, BLOCK_ROWS)
         rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
+        rows_of_s = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)
         columns = item % NUM_TILES * BLOCK + tl.arange(0, BLOCK)
         is_row, is_column = rows >= 0, columns < N
+        live0, live1 = live_ranks(scale_of_gate, n, RANK), live_ranks(scale_of_up, n, RANK)
+        b_of_up = b_offset + N * RANK
+        b0 = b_tile(record, 0, chunks, chunk_stride, b_offset, columns, is_column, live0, BLOCK_ROWS, RANK)
+        b1 = b_tile(record, 0, chunks, chunk_stride, b_of_up, columns, is_column, live1, BLOCK_ROWS, RANK)
+        a0 = s_tile(s, rows_of_s, 0, 0, is_row, live0, WIDTH, RANK)
+        a1 = s_tile(s, rows_of_s, 0, 1, is_row, live1, WIDTH, RANK)
         mask = is_row[:, None] & is_column[None, :]
         gate_tile = gate_up + rows.to(tl.int64)[:, None] * gate_up_stride + columns[None, :]
         gate = tl.load(gate_tile, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(gate_tile + N, mask=mask, other=0.0).to(tl.float32)
-        if num_chunks(record, BLOCK_ROWS) > 0:
-            scale_of_gate = adapter_scales(record, scales, slot_stride, scale_index, BLOCK_ROWS)
-            scale = tl.load(scale_of_gate)
-            scale_of_up = tl.load(scale_of_gate + 1)
-            if scale != 0.0:
-                gate += scale * delta_tile(
-                    record, is_row, s, chunks, chunk_stride, b_offset, columns, is_column, 0,
-                    MAX_CHUNKS, WIDTH, RANK, BLOCK_ROWS, BLOCK,
-                )  # fmt: skip
-            if scale_of_up != 0.0:
-                up += scale_of_up * delta_tile(
-                    record, is_row, s, chunks, chunk_stride, b_offset + N * RANK, columns, is_column, 1,
-                    MAX_CHUNKS, WIDTH, RANK, BLOCK_ROWS, BLOCK,
-                )  # fmt: skip
+        if n > 0:
+            delta_of_gate = add_product(tl.zeros((BLOCK_ROWS, BLOCK), tl.float32), a0, b0)
+            delta_of_up = add_product(tl.zeros((BLOCK_ROWS, BLOCK), tl.float32), a1, b1)
+            for i in tl.range(1, n):
+                b0 = b_tile(record, i, chunks, chunk_stride, b_offset, columns, is_column, live0, BLOCK_ROWS, RANK)
+                b1 = b_tile(record, i, chunks, chunk_stride, b_of_up, columns, is_column, live1, BLOCK_ROWS, RANK)
+                a0 = s_tile(s, rows_of_s, i, 0, is_row, live0, WIDTH, RANK)
+                a1 = s_tile(s, rows_of_s, i, 1, is_row, live1, WIDTH, RANK)
+                delta_of_gate = add_product(delta_of_gate, a0, b0)
+                delta_of_up = add_product(delta_of_up, a1, b1)
+            gate += delta_of_gate * scale_of_gate
+            up += delta_of_up * scale_of_up
         y_tile = y + rows.to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(y_tile, (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty), mask=mask)
 

@@ -62,6 +62,7 @@ class Row:
 def time_layers(run: Callable[[int], object]) -> float:
     """Microseconds of run(layer), the median over replays of a graph of all layers."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run(0)
     torch.cuda.synchronize()

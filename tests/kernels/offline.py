@@ -122,23 +122,25 @@ def main() -> None:
     compiler = Compiler()
     launch.start = compiler.start
     launch.num_sms = lambda device: 132  # type: ignore[assignment]
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for num_rows, block_rows in ((1, 16), (64, 16), (1024, 64)):
-            compiler.label = f"{dtype} m={num_rows}"
-            _lora(dtype, num_rows, block_rows, 4)
-        for head_dim, heads in ((64, (9, 3)), (96, (32, 32)), (128, (32, 8)), (256, (16, 8)), (80, (28, 4))):
-            for block_size in (16, 64):
-                compiler.label = f"{dtype} heads={heads} head_dim={head_dim} block_size={block_size}"
-                _attention(dtype, *heads, head_dim, block_size)
-            _rotary(dtype, *heads, head_dim, 64, None)
-        for size in (4096, 576, 100, 8192):
-            compiler.label = f"{dtype} size={size}"
-            x, weight = torch.zeros(4, size, dtype=dtype), torch.zeros(size, dtype=dtype)
-            rms_norm(x, weight, 1e-5)
-            add_rms_norm(x, x.clone(), weight, 1e-5)
-            silu_and_mul(x)
-        compiler.label = str(dtype)
-        argmax(torch.zeros(4, 128256, dtype=dtype), torch.zeros(4, dtype=torch.int32))
+    for dtype, num_rows, block_rows in ((torch.bfloat16, 64, 16), (torch.bfloat16, 1024, 64), (torch.float32, 64, 16)):
+        compiler.label = f"{dtype} m={num_rows}"
+        _lora(dtype, num_rows, block_rows, 4)
+    for dtype, heads, head_dim, block_size in (
+        (torch.bfloat16, (32, 8), 128, 64),
+        (torch.bfloat16, (16, 8), 256, 64),
+        (torch.bfloat16, (28, 4), 80, 16),
+        (torch.float32, (9, 3), 64, 64),
+    ):
+        compiler.label = f"{dtype} heads={heads} head_dim={head_dim} block_size={block_size}"
+        _attention(dtype, *heads, head_dim, block_size)
+        _rotary(dtype, *heads, head_dim, 64, None)
+    for size in (4096, 100):
+        compiler.label = f"size={size}"
+        x, weight = torch.zeros(4, size, dtype=torch.bfloat16), torch.zeros(size, dtype=torch.bfloat16)
+        rms_norm(x, weight, 1e-5)
+        add_rms_norm(x, x.clone(), weight, 1e-5)
+        silu_and_mul(x)
+    argmax(torch.zeros(4, 128256, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int32))
     json.dump(compiler.results, sys.stdout, indent=1)
 
 
