@@ -26,7 +26,7 @@ def _combine(
     best = tl.max(bests, 1)
     total = tl.where(is_head, tl.sum(totals * tl.exp2(bests - best[:, None]), 1), 1.0)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for part in tl.range(num_used):
+    for part in tl.range(0, num_used, loop_unroll_factor=8):  # so that loads do not wait for one another
         place = heads * NUM_SPLITS + part
         weight = tl.exp2(tl.load(stats + place * 2, mask=is_head, other=LOWEST, cache_modifier=".cg") - best)
         values = tl.load(

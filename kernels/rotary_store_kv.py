@@ -20,7 +20,7 @@ def _finish_head(
     """Both halves of one head of some rows, float32: normed, rotated and written to where they belong."""
     HALF: tl.constexpr = HEAD_DIM // 2
     columns = tl.arange(0, BLOCK_HALF)
-    mask = is_row[:, None] & (columns < HALF)[None, :]
+    mask = is_row[None, :] & (columns < HALF)[:, None]
     if head < NUM_HEADS + NUM_KV_HEADS:
         if HAS_NORM:
             num_of_q = tl.where(head < NUM_HEADS, HALF, 0)
@@ -29,24 +29,24 @@ def _finish_head(
             weight_low += tl.load(k_norm + columns, mask=is_k, other=0.0)
             weight_high = tl.load(q_norm + HALF + columns, mask=is_q, other=0.0)
             weight_high += tl.load(k_norm + HALF + columns, mask=is_k, other=0.0)
-            rstd = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_DIM + eps)
-            low = low * rstd[:, None] * weight_low.to(tl.float32)[None, :]
-            high = high * rstd[:, None] * weight_high.to(tl.float32)[None, :]
-        angles = rows.to(tl.int64)[:, None] * cos_stride + columns[None, :]
+            rstd = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / HEAD_DIM + eps)
+            low = low * rstd[None, :] * weight_low.to(tl.float32)[:, None]
+            high = high * rstd[None, :] * weight_high.to(tl.float32)[:, None]
+        angles = rows.to(tl.int64)[None, :] * cos_stride + columns[:, None]
         c = tl.load(cos + angles, mask=mask, other=0.0).to(tl.float32)
         s = tl.load(signed_sin + HALF + angles, mask=mask, other=0.0).to(tl.float32)
         rotated = low * c - high * s
         high = high * c + low * s
         low = rotated
     if head < NUM_HEADS:
-        place = qkv + rows.to(tl.int64)[:, None] * qkv_stride + head * HEAD_DIM + columns[None, :]
+        place = qkv + rows.to(tl.int64)[None, :] * qkv_stride + head * HEAD_DIM + columns[:, None]
         tl.store(place, low.to(qkv.dtype.element_ty), mask=mask)
         tl.store(place + HALF, high.to(qkv.dtype.element_ty), mask=mask)
     else:
         slots = tl.load(slot_mapping + rows, mask=is_row, other=-1)
-        stored = mask & (slots >= 0)[:, None]
+        stored = mask & (slots >= 0)[None, :]
         in_block = ((head - NUM_HEADS) * BLOCK_SIZE + slots % BLOCK_SIZE) * HEAD_DIM
-        place = cache + (slots // BLOCK_SIZE * block_stride + in_block)[:, None] + columns[None, :]
+        place = cache + (slots // BLOCK_SIZE * block_stride + in_block)[None, :] + columns[:, None]
         tl.store(place, low.to(cache.dtype.element_ty), mask=stored)
         tl.store(place + HALF, high.to(cache.dtype.element_ty), mask=stored)
 
@@ -62,8 +62,8 @@ def _rotary_store_kv(
     rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = rows < num_rows
     columns = tl.arange(0, BLOCK_HALF)
-    mask = is_row[:, None] & (columns < HALF)[None, :]
-    place = qkv + rows.to(tl.int64)[:, None] * qkv_stride + head * HEAD_DIM + columns[None, :]
+    mask = is_row[None, :] & (columns < HALF)[:, None]
+    place = qkv + rows.to(tl.int64)[None, :] * qkv_stride + head * HEAD_DIM + columns[:, None]
     low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
     _finish_head(
@@ -95,26 +95,26 @@ def _rotary_store_kv_lora(
         rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
         rows_of_s = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)
         is_row = rows >= 0
-        mask = is_row[:, None] & is_column[None, :]
+        mask = is_row[None, :] & is_column[:, None]
         live = live_ranks(scale, n, RANK)
         has_delta = live > 0
         of_low, of_high = head * HEAD_DIM + columns, head * HEAD_DIM + HALF + columns
         b_low = b_tile(record, 0, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
         b_high = b_tile(record, 0, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
         a = s_tile(s, rows_of_s, 0, module, is_row, live, WIDTH, RANK)
-        place = qkv + rows.to(tl.int64)[:, None] * qkv_stride + head * HEAD_DIM + columns[None, :]
-        is_wanted = is_row[:, None] & (columns < tl.where(has_delta, HALF, 0))[None, :]
+        place = qkv + rows.to(tl.int64)[None, :] * qkv_stride + head * HEAD_DIM + columns[:, None]
+        is_wanted = is_row[None, :] & (columns < tl.where(has_delta, HALF, 0))[:, None]
         low = tl.load(place, mask=is_wanted, other=0.0).to(tl.float32)
         high = tl.load(place + HALF, mask=is_wanted, other=0.0).to(tl.float32)
         if has_delta:
-            delta_low = add_product(tl.zeros((BLOCK_ROWS, BLOCK_HALF), tl.float32), a, b_low)
-            delta_high = add_product(tl.zeros((BLOCK_ROWS, BLOCK_HALF), tl.float32), a, b_high)
+            delta_low = add_product(tl.zeros((BLOCK_HALF, BLOCK_ROWS), tl.float32), b_low, a)
+            delta_high = add_product(tl.zeros((BLOCK_HALF, BLOCK_ROWS), tl.float32), b_high, a)
             for i in tl.range(1, n):
                 b_low = b_tile(record, i, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
                 b_high = b_tile(record, i, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
                 a = s_tile(s, rows_of_s, i, module, is_row, live, WIDTH, RANK)
-                delta_low = add_product(delta_low, a, b_low)
-                delta_high = add_product(delta_high, a, b_high)
+                delta_low = add_product(delta_low, b_low, a)
+                delta_high = add_product(delta_high, b_high, a)
             low += delta_low * scale
             high += delta_high * scale
             _finish_head(
@@ -167,7 +167,7 @@ def rotary_store_kv(
         grid = (all_heads, -(-num_rows // launch.ROTARY_ROWS))
         launch.start(
             _rotary_store_kv, grid, *tensors, num_rows, *strides, eps,
-            num_warps=launch.rotary_warps(launch.ROTARY_ROWS), BLOCK_ROWS=launch.ROTARY_ROWS, **constants,
+            num_warps=launch.rotary_warps(launch.ROTARY_ROWS), fuse=False, BLOCK_ROWS=launch.ROTARY_ROWS, **constants,
         )  # fmt: skip
         return
     work, site = delta.segments, delta.site
@@ -176,6 +176,6 @@ def rotary_store_kv(
         _rotary_store_kv_lora, launch.persistent_grid(qkv.device, work.max_segments * all_heads, 8),
         *tensors, delta.s, delta.chunks, work.records, work.counts, work.scales, *strides, delta.chunks.stride(0),
         site.b_offset, work.scales.stride(0), site.layer * work.scales.shape[2] + site.first_module, eps,
-        num_warps=launch.rotary_warps(work.block_rows), num_stages=1, BLOCK_ROWS=work.block_rows,
+        num_warps=launch.rotary_warps(work.block_rows), num_stages=1, fuse=False, BLOCK_ROWS=work.block_rows,
         MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=work.record_size, **constants,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.argmax import argmax
 from kernels.attention_decode import attention_decode
+from kernels.attention_prefill import attention_prefill
 from kernels.lora_expand import lora_expand
 from kernels.lora_shrink import lora_shrink
 from kernels.paged_plan import PagedPlan
@@ -43,6 +44,7 @@ GROUPS = {
     "gate_up": (HIDDEN, (INTERMEDIATE, INTERMEDIATE)),
     "down": (INTERMEDIATE, (HIDDEN,)),
 }
+PREFILL = 1024  # tokens
 MIXES = [(1, 1), (16, 1), (16, 8), (64, 1), (64, 8), (64, 64), (256, 1), (256, 8), (256, 64)]
 
 
@@ -101,8 +103,10 @@ def sites() -> tuple[list[dict[str, LoraSite]], int]:
     return layers, offset
 
 
-def lora_kernels(chunks: Tensor, layers: list[dict[str, LoraSite]], m: int, k: int) -> Iterator[Row]:
-    work = WorkList(torch.ones(len(chunks), LAYERS, 7, device="cuda"), m, 4)
+def lora_kernels(
+    chunks: Tensor, layers: list[dict[str, LoraSite]], m: int, k: int, block_rows: int = 8
+) -> Iterator[Row]:
+    work = WorkList(torch.ones(len(chunks), LAYERS, 7, device="cuda"), m, 4, block_rows)
     work.update(m, [AdapterRows(range(i, m, k), i, (i,)) for i in range(k)])
     inputs = {size: randn(LAYERS, m, size) for size in (HIDDEN, INTERMEDIATE)}
     for name, (in_features, outs) in GROUPS.items():
@@ -169,6 +173,20 @@ def base_kernels(m: int) -> Iterator[Row]:
     yield Row("argmax of torch", m, 0, time_layers(lambda i: logits.argmax(-1)), 2 * m * VOCAB)
 
 
+def prefill_kernels(m: int) -> Iterator[Row]:
+    """A prompt of m tokens, nothing cached."""
+    yield from pointwise(m, 0, None)
+    cache = randn(m // BLOCK_SIZE, LAYERS, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    tables = torch.randperm(m // BLOCK_SIZE, device="cuda").int()[None]
+    plan = PagedPlan.of(tables, [m], [m], None, (HEADS, KV_HEADS, HEAD_DIM, BF16))
+    q = randn(m, HEADS, HEAD_DIM)
+    out = torch.empty_like(q)
+    yield Row(
+        "attention_prefill", m, 0, time_layers(lambda i: attention_prefill(q, cache[:, i], out, plan, HEAD_DIM**-0.5)),
+        m * (KV_HEADS * HEAD_DIM * 4 + HEADS * HEAD_DIM * 4),
+    )  # fmt: skip
+
+
 def measure() -> Iterator[Row]:
     for m in (1, 16, 64, 256):
         yield from base_kernels(m)
@@ -176,6 +194,9 @@ def measure() -> Iterator[Row]:
     chunks = torch.empty(max(k for _, k in MIXES), chunk_size, dtype=BF16, device="cuda").normal_(0, 0.02)
     for m, k in MIXES:
         yield from lora_kernels(chunks, layers, m, k)
+    yield from prefill_kernels(PREFILL)
+    for k in (1, 8):
+        yield from lora_kernels(chunks, layers, PREFILL, k, block_rows=64)
 
 
 def main() -> None:

@@ -53,6 +53,7 @@ class Compiler:
 
     def start(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+        options["enable_fp_fusion"] = constants.pop("fuse", True)
         signature, attributes = {}, {}
         for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
             if value is None or (isinstance(value, int) and value == 1):
@@ -122,7 +123,7 @@ def main() -> None:
     compiler = Compiler()
     launch.start = compiler.start
     launch.num_sms = lambda device: 132  # type: ignore[assignment]
-    for dtype, num_rows, block_rows in ((torch.bfloat16, 64, 16), (torch.bfloat16, 1024, 64), (torch.float32, 64, 16)):
+    for dtype, num_rows, block_rows in ((torch.bfloat16, 64, 8), (torch.bfloat16, 1024, 64), (torch.float32, 64, 8)):
         compiler.label = f"{dtype} m={num_rows}"
         _lora(dtype, num_rows, block_rows, 4)
     for dtype, heads, head_dim, block_size in (
