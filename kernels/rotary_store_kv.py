@@ -12,9 +12,22 @@ _NUM_SEGMENTS = tl.constexpr(work_list.NUM_SEGMENTS)
 
 
 @triton.jit
+def _load_places(
+    head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_ROTATED: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """Cosines and sines [BLOCK_HALF, rows] of a rotated head, and the rows' slots."""
+    columns = tl.arange(0, BLOCK_HALF)
+    mask = is_row[None, :] & (columns < tl.where(head < NUM_ROTATED, HALF, 0))[:, None]
+    angles = rows.to(tl.int64)[None, :] * cos_stride + columns[:, None]
+    c = tl.load(cos + angles, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(signed_sin + HALF + angles, mask=mask, other=0.0).to(tl.float32)
+    return c, s, tl.load(slot_mapping + rows, mask=is_row, other=-1)
+
+
+@triton.jit
 def _finish_head(
-    low, high, head, rows, is_row, qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, qkv_stride, cos_stride,
-    block_stride, eps, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    low, high, head, rows, is_row, c, s, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     """Both halves of one head of some rows, float32: normed, rotated and written to where they belong."""
@@ -32,9 +45,6 @@ def _finish_head(
             rstd = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / HEAD_DIM + eps)
             low = low * rstd[None, :] * weight_low.to(tl.float32)[:, None]
             high = high * rstd[None, :] * weight_high.to(tl.float32)[:, None]
-        angles = rows.to(tl.int64)[None, :] * cos_stride + columns[:, None]
-        c = tl.load(cos + angles, mask=mask, other=0.0).to(tl.float32)
-        s = tl.load(signed_sin + HALF + angles, mask=mask, other=0.0).to(tl.float32)
         rotated = low * c - high * s
         high = high * c + low * s
         low = rotated
@@ -43,7 +53,6 @@ def _finish_head(
         tl.store(place, low.to(qkv.dtype.element_ty), mask=mask)
         tl.store(place + HALF, high.to(qkv.dtype.element_ty), mask=mask)
     else:
-        slots = tl.load(slot_mapping + rows, mask=is_row, other=-1)
         stored = mask & (slots >= 0)[None, :]
         in_block = ((head - NUM_HEADS) * BLOCK_SIZE + slots % BLOCK_SIZE) * HEAD_DIM
         place = cache + (slots // BLOCK_SIZE * block_stride + in_block)[None, :] + columns[:, None]
@@ -63,12 +72,14 @@ def _rotary_store_kv(
     is_row = rows < num_rows
     columns = tl.arange(0, BLOCK_HALF)
     mask = is_row[None, :] & (columns < HALF)[:, None]
+    c, s, slots = _load_places(
+        head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_HEADS + NUM_KV_HEADS, HALF, BLOCK_HALF
+    )
     place = qkv + rows.to(tl.int64)[None, :] * qkv_stride + head * HEAD_DIM + columns[:, None]
     low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
     _finish_head(
-        low, high, head, rows, is_row, qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, qkv_stride,
-        cos_stride, block_stride, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
+        low, high, head, rows, is_row, c, s, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
     )  # fmt: skip
 
 
@@ -106,6 +117,9 @@ def _rotary_store_kv_lora(
         is_wanted = is_row[None, :] & (columns < tl.where(has_delta, HALF, 0))[:, None]
         low = tl.load(place, mask=is_wanted, other=0.0).to(tl.float32)
         high = tl.load(place + HALF, mask=is_wanted, other=0.0).to(tl.float32)
+        c, sin, slots = _load_places(
+            head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_HEADS + NUM_KV_HEADS, HALF, BLOCK_HALF
+        )
         if has_delta:
             delta_low = add_product(tl.zeros((BLOCK_HALF, BLOCK_ROWS), tl.float32), b_low, a)
             delta_high = add_product(tl.zeros((BLOCK_HALF, BLOCK_ROWS), tl.float32), b_high, a)
@@ -118,8 +132,7 @@ def _rotary_store_kv_lora(
             low += delta_low * scale
             high += delta_high * scale
             _finish_head(
-                low, high, head, rows, is_row, qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, qkv_stride,
-                cos_stride, block_stride, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
+                low, high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
             )  # fmt: skip
         else:
             # Loaded and finished on their own, so that rows without a delta see the very operations, in the very
@@ -127,8 +140,7 @@ def _rotary_store_kv_lora(
             low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
             high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
             _finish_head(
-                low, high, head, rows, is_row, qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, qkv_stride,
-                cos_stride, block_stride, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
+                low, high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
             )  # fmt: skip
 
 
