@@ -176,16 +176,16 @@ def rotary_store_kv(
     strides = (qkv.stride(0), cos.stride(0), cache.stride(0))
     all_heads = num_heads + 2 * num_kv_heads
     if delta is None:
-        grid = (all_heads, -(-num_rows // launch.ROTARY_ROWS))
+        rows = launch.block_rows(num_rows)
         launch.start(
-            _rotary_store_kv, grid, *tensors, num_rows, *strides, eps,
-            num_warps=launch.rotary_warps(launch.ROTARY_ROWS), fuse=False, BLOCK_ROWS=launch.ROTARY_ROWS, **constants,
+            _rotary_store_kv, (all_heads, -(-num_rows // rows)), *tensors, num_rows, *strides, eps,
+            num_warps=launch.rotary_warps(rows), fuse=False, BLOCK_ROWS=rows, **constants,
         )  # fmt: skip
         return
     work, site = delta.segments, delta.site
     assert isinstance(work, WorkList) and sum(site.out_features) == row_size
     launch.start(
-        _rotary_store_kv_lora, launch.persistent_grid(qkv.device, work.max_segments * all_heads, 8),
+        _rotary_store_kv_lora, launch.persistent_grid(qkv.device, work.max_segments * all_heads, 12),
         *tensors, delta.s, delta.chunks, work.records, work.counts, work.scales, *strides, delta.chunks.stride(0),
         site.b_offset, work.scales.stride(0), site.layer * work.scales.shape[2] + site.first_module, eps,
         num_warps=launch.rotary_warps(work.block_rows), num_stages=1, fuse=False, BLOCK_ROWS=work.block_rows,

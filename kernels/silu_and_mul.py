@@ -83,7 +83,7 @@ def silu_and_mul(gate_up: Tensor, delta: LoraDelta | None = None) -> Tensor:
         return y
     work, site = delta.segments, delta.site
     assert isinstance(work, WorkList) and site.out_features == (size, size)
-    shape = launch.expand_shape(size, work.block_rows)
+    shape = launch.silu_lora_shape(size, work.block_rows)
     launch.start(
         _silu_and_mul_lora, launch.persistent_grid(y.device, work.max_segments * -(-size // shape.block), 8),
         gate_up, y, delta.s, delta.chunks, work.records, work.counts, work.scales, gate_up.stride(0),

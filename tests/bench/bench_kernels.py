@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels import launch
 from kernels.argmax import argmax
 from kernels.attention_decode import attention_decode
 from kernels.attention_prefill import attention_prefill
@@ -103,10 +104,8 @@ def sites() -> tuple[list[dict[str, LoraSite]], int]:
     return layers, offset
 
 
-def lora_kernels(
-    chunks: Tensor, layers: list[dict[str, LoraSite]], m: int, k: int, block_rows: int = 8
-) -> Iterator[Row]:
-    work = WorkList(torch.ones(len(chunks), LAYERS, 7, device="cuda"), m, 4, block_rows)
+def lora_kernels(chunks: Tensor, layers: list[dict[str, LoraSite]], m: int, k: int) -> Iterator[Row]:
+    work = WorkList(torch.ones(len(chunks), LAYERS, 7, device="cuda"), m, 4, launch.block_rows(m))
     work.update(m, [AdapterRows(range(i, m, k), i, (i,)) for i in range(k)])
     inputs = {size: randn(LAYERS, m, size) for size in (HIDDEN, INTERMEDIATE)}
     for name, (in_features, outs) in GROUPS.items():
@@ -196,7 +195,7 @@ def measure() -> Iterator[Row]:
         yield from lora_kernels(chunks, layers, m, k)
     yield from prefill_kernels(PREFILL)
     for k in (1, 8):
-        yield from lora_kernels(chunks, layers, PREFILL, k, block_rows=64)
+        yield from lora_kernels(chunks, layers, PREFILL, k)
 
 
 def main() -> None:

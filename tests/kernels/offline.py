@@ -66,7 +66,7 @@ class Compiler:
         ordered = {name: signature[name] for name in kernel.arg_names}
         source = ASTSource(kernel, ordered, constants, attributes)
         compiled = triton.compile(source, target=SM_90, options=options)
-        self.results[f"{self.label} {kernel.__name__}"] = _usage(compiled.asm["cubin"])
+        self.results[f"{self.label} {kernel.__name__} {len(self.results)}"] = _usage(compiled.asm["cubin"])
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
@@ -123,7 +123,7 @@ def main() -> None:
     compiler = Compiler()
     launch.start = compiler.start
     launch.num_sms = lambda device: 132  # type: ignore[assignment]
-    for dtype, num_rows, block_rows in ((torch.bfloat16, 64, 8), (torch.bfloat16, 1024, 64), (torch.float32, 64, 8)):
+    for dtype, num_rows, block_rows in ((torch.bfloat16, 64, 8), (torch.bfloat16, 256, 16), (torch.bfloat16, 1024, 32), (torch.float32, 64, 8)):
         compiler.label = f"{dtype} m={num_rows}"
         _lora(dtype, num_rows, block_rows, 4)
     for dtype, heads, head_dim, block_size in (
