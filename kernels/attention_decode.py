@@ -33,7 +33,9 @@ def _combine(
             partials + place[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0, cache_modifier=".cg"
         )
         acc += weight[:, None] * values
-    tl.store(out + heads[:, None] * HEAD_DIM + dims[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+    tl.store(
+        out + heads[:, None] * HEAD_DIM + dims[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit

@@ -134,6 +134,11 @@ def prefill_shape(group_size: int, head_dim: int, element_size: int) -> Attentio
     return AttentionShape(max(128, padded(group_size)), 64, 8, 3)
 
 
+def tokens_per_tile(group_size: int, head_dim: int, element_size: int) -> int:
+    """How many tokens a row of PagedPlan.tiles holds at most."""
+    return prefill_shape(group_size, head_dim, element_size).block_m // group_size
+
+
 def argmax_blocks(num_rows: int, vocab_size: int, device: torch.device) -> tuple[int, int]:
     """(columns a program, columns a load): about 16 programs an SM, each a few loads."""
     block = min(1024, padded(vocab_size))

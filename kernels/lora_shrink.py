@@ -59,7 +59,9 @@ def _lora_shrink(
                     # The last to arrive adds all parts, always in the same order.
                     total = tl.zeros((RANK, BLOCK_ROWS), tl.float32)
                     for part in tl.static_range(NUM_SPLITS):
-                        total += tl.load(partials + part * plane_size + place, mask=mask, other=0.0, cache_modifier=".cg")
+                        total += tl.load(
+                            partials + part * plane_size + place, mask=mask, other=0.0, cache_modifier=".cg"
+                        )
                     tl.store(s + place, total, mask=mask)
                     tl.store(semaphore, 0)
 
@@ -76,7 +78,9 @@ def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, work: WorkList) -> Te
     assert chunks.stride(1) == 1
     s = torch.empty(num_rows, work.max_chunks, num_modules * site.chunk_rank, dtype=torch.float32, device=x.device)
     shape = launch.shrink_shape(in_features, num_modules, num_rows, work.block_rows, x.device)
-    partials = torch.empty(shape.num_splits, s.numel(), dtype=torch.float32, device=x.device) if shape.num_splits > 1 else s
+    partials = (
+        torch.empty(shape.num_splits, s.numel(), dtype=torch.float32, device=x.device) if shape.num_splits > 1 else s
+    )
     layers_and_modules = work.scales.shape[2]
     launch.start(
         _lora_shrink,

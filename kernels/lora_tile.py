@@ -1,8 +1,9 @@
 """What the LoRA kernels share: reading a segment's record, and tiles of s and B. See WorkList for the record.
 
 Tiles stand with the columns of the output first and the rows of the batch second: few rows make few registers that way,
-since a tensor core takes 16 of its left operand and 8 of its right one. Nothing here branches on what it has loaded: loads that wait for a branch stand in a row instead of side by side, and
-these kernels cost little but such waits. What is absent is masked instead, and reads no bytes.
+since a tensor core takes 16 of its left operand and 8 of its right one. Nothing here branches on what it has loaded:
+loads that wait for a branch stand in a row instead of side by side, and these kernels cost little but such waits. What
+is absent is masked instead, and reads no bytes.
 """
 
 import triton

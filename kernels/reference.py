@@ -77,7 +77,8 @@ def rotary_store_kv(
 
     qkv [num_tokens, (num_heads + 2 · num_kv_heads) · head_dim], whose queries are changed in place and whose keys and
     values may be; cache: one layer, [num_blocks, 2, num_kv_heads, block_size, head_dim]; head_norms: the weights
-    [head_dim] of queries and keys. cos and signed_sin as in rotary, slot_mapping as in store_kv.
+    [head_dim] of queries and keys. cos and signed_sin as in rotary; slot_mapping int64 [num_tokens]: block id times
+    block_size plus offset, no slot twice.
     """
     num_tokens, num_kv_heads, head_dim = qkv.shape[0], cache.shape[2], cache.shape[4]
     if delta is not None:
@@ -88,11 +89,12 @@ def rotary_store_kv(
         q.copy_(rms_norm(q, head_norms[0], eps))
         k.copy_(rms_norm(k, head_norms[1], eps))
     rotary(heads[:, :-num_kv_heads], cos, signed_sin)
-    store_kv(heads[:, num_heads:].view(num_tokens, 2, num_kv_heads, head_dim), cache, slot_mapping)
+    kv = heads[:, num_heads:].view(num_tokens, 2, num_kv_heads, head_dim)
+    store_kv(kv, cache, slot_mapping // cache.shape[3], slot_mapping % cache.shape[3])
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """Semantics: the first column of each row's largest value; -1 for a row that holds a NaN, +infinity or only -infinity.
+    """Semantics: the first of each row's largest values; -1 for a row of only -infinity, or with a NaN or +infinity.
 
     logits [num_rows, vocab_size] -> int64 [num_rows].
     """

@@ -1,4 +1,4 @@
-"""Rotary positions on queries and keys and the writing of KV, with head norms and the qkv adapters' expand folded in."""
+"""Rotary positions of queries and keys, and the writing of KV; head norms and the qkv adapters' expand folded in."""
 
 import triton
 import triton.language as tl
@@ -27,8 +27,9 @@ def _load_places(
 
 @triton.jit
 def _finish_head(
-    low, high, head, rows, is_row, c, s, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr,
+    low, high, head, rows, is_row, c, s, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     """Both halves of one head of some rows, float32: normed, rotated and written to where they belong."""
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -79,7 +80,8 @@ def _rotary_store_kv(
     low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
     _finish_head(
-        low, high, head, rows, is_row, c, s, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
+        low, high, head, rows, is_row, c, s, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
+        NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
     )  # fmt: skip
 
 
@@ -132,7 +134,8 @@ def _rotary_store_kv_lora(
             low += delta_low * scale
             high += delta_high * scale
             _finish_head(
-                low, high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
+                low, high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
+                NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
             )  # fmt: skip
         else:
             # Loaded and finished on their own, so that rows without a delta see the very operations, in the very
@@ -140,7 +143,8 @@ def _rotary_store_kv_lora(
             low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
             high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
             _finish_head(
-                low, high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
+                low, high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
+                NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
             )  # fmt: skip
 
 

@@ -109,11 +109,11 @@ def lora_kernels(chunks: Tensor, layers: list[dict[str, LoraSite]], m: int, k: i
     work.update(m, [AdapterRows(range(i, m, k), i, (i,)) for i in range(k)])
     inputs = {size: randn(LAYERS, m, size) for size in (HIDDEN, INTERMEDIATE)}
     for name, (in_features, outs) in GROUPS.items():
-        num_bytes = 2 * in_features * (k * RANK * len(outs) + m)
-        yield Row(
-            f"shrink {name}", m, k,
-            time_layers(lambda i: lora_shrink(inputs[in_features][i], chunks, layers[i][name], work)), num_bytes,
-        )  # fmt: skip
+
+        def shrink(i: int, x: Tensor = inputs[in_features], name: str = name) -> Tensor:
+            return lora_shrink(x[i], chunks, layers[i][name], work)
+
+        yield Row(f"shrink {name}", m, k, time_layers(shrink), 2 * in_features * (k * RANK * len(outs) + m))
     deltas = {
         name: [
             LoraDelta(lora_shrink(inputs[in_features][i], chunks, layers[i][name], work), chunks, layers[i][name], work)
@@ -159,7 +159,7 @@ def base_kernels(m: int) -> Iterator[Row]:
     blocks = m * CONTEXT // BLOCK_SIZE
     cache = randn(blocks, LAYERS, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
     tables = torch.randperm(blocks, device="cuda").int().view(m, -1)
-    plan = PagedPlan.of(tables, [1] * m, [CONTEXT] * m, None, (HEADS, KV_HEADS, HEAD_DIM, BF16))
+    plan = PagedPlan.of(tables, [1] * m, [CONTEXT] * m, None, KV_HEADS, 1)
     q = randn(m, HEADS, HEAD_DIM)
     out = torch.empty_like(q)
     yield Row(
@@ -177,7 +177,7 @@ def prefill_kernels(m: int) -> Iterator[Row]:
     yield from pointwise(m, 0, None)
     cache = randn(m // BLOCK_SIZE, LAYERS, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
     tables = torch.randperm(m // BLOCK_SIZE, device="cuda").int()[None]
-    plan = PagedPlan.of(tables, [m], [m], None, (HEADS, KV_HEADS, HEAD_DIM, BF16))
+    plan = PagedPlan.of(tables, [m], [m], None, KV_HEADS, launch.tokens_per_tile(HEADS // KV_HEADS, HEAD_DIM, 2))
     q = randn(m, HEADS, HEAD_DIM)
     out = torch.empty_like(q)
     yield Row(

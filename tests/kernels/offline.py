@@ -1,4 +1,4 @@
-"""Compiles every launch of the kernels for sm_90 without a GPU, and says what each takes. Run as a script: it prints JSON.
+"""Compiles every launch of the kernels for sm_90 without a GPU and prints what each takes, as JSON.
 
 The launchers run on CPU tensors; kernels.launch.start is replaced, so that a launch is compiled instead of started.
 """
@@ -113,7 +113,7 @@ def _attention(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: 
     cache = torch.zeros(8, 2, 2, num_kv_heads, block_size, head_dim, dtype=dtype)[:, 1]
     tables = torch.zeros(3, 16, dtype=torch.int32)
     for window in (None, 4096):
-        plan = PagedPlan.of(tables, [1, 1, 6], [9, 9, 9], window, (num_heads, num_kv_heads, head_dim, dtype))
+        plan = PagedPlan.of(tables, [1, 1, 6], [9, 9, 9], window, num_kv_heads, 4)
         q = torch.zeros(8, num_heads, head_dim, dtype=dtype)
         attention_decode(q, cache, torch.empty_like(q), plan, 0.1)
         attention_prefill(q, cache, torch.empty_like(q), plan, 0.1)
@@ -123,7 +123,12 @@ def main() -> None:
     compiler = Compiler()
     launch.start = compiler.start
     launch.num_sms = lambda device: 132  # type: ignore[assignment]
-    for dtype, num_rows, block_rows in ((torch.bfloat16, 64, 8), (torch.bfloat16, 256, 16), (torch.bfloat16, 1024, 32), (torch.float32, 64, 8)):
+    for dtype, num_rows, block_rows in (
+        (torch.bfloat16, 64, 8),
+        (torch.bfloat16, 256, 16),
+        (torch.bfloat16, 1024, 32),
+        (torch.float32, 64, 8),
+    ):
         compiler.label = f"{dtype} m={num_rows}"
         _lora(dtype, num_rows, block_rows, 4)
     for dtype, heads, head_dim, block_size in (

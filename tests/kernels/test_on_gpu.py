@@ -85,7 +85,7 @@ def test_a_graph_captured_with_one_adapter_serves_every_mix() -> None:
 def test_decode_attention_is_deterministic(num_rows: int) -> None:
     case = paged_case([513 + 7 * i for i in range(num_rows)], 8, 128, 64, BF16, seed=1)
     q = randn(2, num_rows, 32, 128, dtype=BF16)
-    plan = PagedPlan.of(case.block_tables, [1] * num_rows, case.context_lens, None, (32, 8, 128, BF16))
+    plan = PagedPlan.of(case.block_tables, [1] * num_rows, case.context_lens, None, 8, 1)
     outs = []
     for _ in range(3):
         outs.append(torch.full_like(q, float("nan")))
