@@ -17,9 +17,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x [..., size], weight [size] -> [..., size] in x's dtype.
     """
     # Between two GEMMs, with cold caches, 55 µs where torch's own rms_norm takes 77: it is made of more ops.
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    wide = x.float()
+    norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     inverse_rms = norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-    return (x.float() * inverse_rms).to(x.dtype).mul_(weight)
+    return (wide * inverse_rms).to(x.dtype).mul_(weight)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
