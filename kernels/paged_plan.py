@@ -33,7 +33,7 @@ class PagedPlan:
     ) -> "PagedPlan":
         """A plan for sequences of query_lens[i] rows, those of one row first.
 
-        tokens_per_tile: kernels.launch.tokens_per_tile of the model; not read for decodes alone.
+        tokens_per_tile: kernels.gpu.launch.tokens_per_tile of the model; not read for decodes alone.
         """
         device = block_tables.device
         num_decodes = next((i for i, length in enumerate(query_lens) if length != 1), len(query_lens))

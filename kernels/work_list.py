@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.segments import LoraSite, Segments
 
-# Behind its rows a segment's record holds, in this order, what kernels/lora_tile.py reads.
+# Behind its rows a segment's record holds, in this order, what kernels/gpu/lora_tile.py reads.
 FIRST, NUM_CHUNKS, SLOT, CHUNK_IDS = 0, 1, 2, 4
 # In counts.
 NUM_SEGMENTS, NUM_LORA_SEGMENTS, NUM_TASKS = 0, 1, 2

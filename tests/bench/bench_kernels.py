@@ -17,17 +17,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import launch
-from kernels.argmax import argmax
-from kernels.attention_decode import attention_decode
-from kernels.attention_prefill import attention_prefill
-from kernels.lora_expand import lora_expand
-from kernels.lora_shrink import lora_shrink
+from kernels.gpu import launch
+from kernels.gpu.argmax import argmax
+from kernels.gpu.attention_decode import attention_decode
+from kernels.gpu.attention_prefill import attention_prefill
+from kernels.gpu.lora_expand import lora_expand
+from kernels.gpu.lora_shrink import lora_shrink
+from kernels.gpu.rms_norm import add_rms_norm
+from kernels.gpu.rotary_store_kv import rotary_store_kv
+from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.paged_plan import PagedPlan
-from kernels.rms_norm import add_rms_norm
-from kernels.rotary_store_kv import rotary_store_kv
 from kernels.segments import LoraSite
-from kernels.silu_and_mul import silu_and_mul
 from kernels.work_list import AdapterRows, LoraDelta, WorkList
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCAB = 32, 4096, 14336, 128256

@@ -1,6 +1,6 @@
 """Compiles every launch of the kernels for sm_90 without a GPU and prints what each takes, as JSON.
 
-The launchers run on CPU tensors; kernels.launch.start is replaced, so that a launch is compiled instead of started.
+The launchers run on CPU tensors; kernels.gpu.launch.start is replaced, so that a launch is compiled instead of started.
 """
 
 import json
@@ -16,17 +16,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import launch
-from kernels.argmax import argmax
-from kernels.attention_decode import attention_decode
-from kernels.attention_prefill import attention_prefill
-from kernels.lora_expand import lora_expand
-from kernels.lora_shrink import lora_shrink
+from kernels.gpu import launch
+from kernels.gpu.argmax import argmax
+from kernels.gpu.attention_decode import attention_decode
+from kernels.gpu.attention_prefill import attention_prefill
+from kernels.gpu.lora_expand import lora_expand
+from kernels.gpu.lora_shrink import lora_shrink
+from kernels.gpu.rms_norm import add_rms_norm, rms_norm
+from kernels.gpu.rotary_store_kv import rotary_store_kv
+from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.paged_plan import PagedPlan
-from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rotary_store_kv import rotary_store_kv
 from kernels.segments import LoraSite
-from kernels.silu_and_mul import silu_and_mul
 from kernels.work_list import LoraDelta, WorkList
 
 SM_90 = GPUTarget("cuda", 90, 32)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import launch
-from kernels.attention_decode import attention_decode
-from kernels.attention_prefill import attention_prefill
+from kernels.gpu import launch
+from kernels.gpu.attention_decode import attention_decode
+from kernels.gpu.attention_prefill import attention_prefill
 from kernels.paged_plan import PagedPlan
 from tests.kernels.cases import CUDA, DTYPES, TOLERANCE, PagedCase, attend_float64, paged_case, randn, relative_error
 

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import launch, work_list
-from kernels.lora_tile import add_product, b_tile, live_ranks, num_chunks, s_rows, s_tile
+from kernels import work_list
+from kernels.gpu import launch
+from kernels.gpu.lora_tile import add_product, b_tile, live_ranks, num_chunks, s_rows, s_tile
 from kernels.work_list import LoraDelta, WorkList
 
 _NUM_SEGMENTS = tl.constexpr(work_list.NUM_SEGMENTS)

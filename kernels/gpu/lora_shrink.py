@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import launch, work_list
-from kernels.lora_tile import s_rows
+from kernels import work_list
+from kernels.gpu import launch
+from kernels.gpu.lora_tile import s_rows
 from kernels.segments import LoraSite
 from kernels.work_list import WorkList
 
