@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import launch
-
 
 @dataclass(frozen=True, slots=True)
 class PagedPlan:
@@ -30,20 +28,22 @@ class PagedPlan:
         query_lens: Sequence[int],
         context_lens: Sequence[int],
         window: int | None,
-        q: tuple[int, int, int, torch.dtype],
+        num_kv_heads: int,
+        tokens_per_tile: int,
     ) -> "PagedPlan":
-        """A plan for sequences of query_lens[i] rows, those of one row first. q: (heads, KV heads, head size, dtype)."""
-        num_heads, num_kv_heads, head_dim, dtype = q
+        """A plan for sequences of query_lens[i] rows, those of one row first.
+
+        tokens_per_tile: kernels.gpu.launch.tokens_per_tile of the model; not read for decodes alone.
+        """
         device = block_tables.device
         num_decodes = next((i for i, length in enumerate(query_lens) if length != 1), len(query_lens))
         assert 1 not in query_lens[num_decodes:], "sequences of one row stand first"
-        per_tile = tokens_per_tile(num_heads // num_kv_heads, head_dim, dtype)
         tiles: list[tuple[int, int, int, int]] = []
         row = num_decodes
         for i in range(num_decodes, len(query_lens)):
             computed = context_lens[i] - query_lens[i]
-            for start in range(0, query_lens[i], per_tile):
-                tiles.append((i, row + start, min(per_tile, query_lens[i] - start), computed + start))
+            for start in range(0, query_lens[i], tokens_per_tile):
+                tiles.append((i, row + start, min(tokens_per_tile, query_lens[i] - start), computed + start))
             row += query_lens[i]
         tiles.sort(key=lambda tile: -tile[3])  # the longest contexts start first
         return cls(
@@ -54,8 +54,3 @@ class PagedPlan:
             window=window,
             semaphores=torch.zeros(max(1, num_decodes) * num_kv_heads, dtype=torch.int32, device=device),
         )
-
-
-def tokens_per_tile(group_size: int, head_dim: int, dtype: torch.dtype) -> int:
-    """How many tokens a row of PagedPlan.tiles holds at most."""
-    return launch.prefill_shape(group_size, head_dim, dtype.itemsize).block_m // group_size

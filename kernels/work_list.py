@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.segments import LoraSite, Segments
 
-# Behind its rows a segment's record holds, in this order, what kernels/lora_tile.py reads.
+# Behind its rows a segment's record holds, in this order, what kernels/gpu/lora_tile.py reads.
 FIRST, NUM_CHUNKS, SLOT, CHUNK_IDS = 0, 1, 2, 4
 # In counts.
 NUM_SEGMENTS, NUM_LORA_SEGMENTS, NUM_TASKS = 0, 1, 2
@@ -40,13 +40,13 @@ class WorkList:
     semaphores  int32, zero between kernels: one for each task and module.
     """
 
-    def __init__(self, slot_scales: Tensor, max_segments: int, max_chunks: int, block_rows: int = 16) -> None:
+    def __init__(self, slot_scales: Tensor, max_segments: int, max_chunks: int, block_rows: int = 8) -> None:
         """Room for adapters of at most max_chunks chunks. m rows never make more than m segments.
 
         slot_scales float32 [num_slots, num_layers, num_modules]: the caller's, by adapter slot, read by update.
         """
         assert slot_scales.dtype == torch.float32 and slot_scales.ndim == 3
-        assert block_rows >= 16 and block_rows & (block_rows - 1) == 0, "Triton's tiles are powers of two"
+        assert block_rows >= 8 and block_rows & (block_rows - 1) == 0, "Triton's tiles are powers of two"
         self.max_segments, self.max_chunks, self.block_rows = max_segments, max_chunks, block_rows
         self._slot_scales = slot_scales
         self.record_size = -(-(block_rows + CHUNK_IDS + max_chunks) // 16) * 16

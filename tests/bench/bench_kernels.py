@@ -17,15 +17,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.argmax import argmax
-from kernels.attention_decode import attention_decode
-from kernels.lora_expand import lora_expand
-from kernels.lora_shrink import lora_shrink
+from kernels.gpu import launch
+from kernels.gpu.argmax import argmax
+from kernels.gpu.attention_decode import attention_decode
+from kernels.gpu.attention_prefill import attention_prefill
+from kernels.gpu.lora_expand import lora_expand
+from kernels.gpu.lora_shrink import lora_shrink
+from kernels.gpu.rms_norm import add_rms_norm
+from kernels.gpu.rotary_store_kv import rotary_store_kv
+from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.paged_plan import PagedPlan
-from kernels.rms_norm import add_rms_norm
-from kernels.rotary_store_kv import rotary_store_kv
 from kernels.segments import LoraSite
-from kernels.silu_and_mul import silu_and_mul
 from kernels.work_list import AdapterRows, LoraDelta, WorkList
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCAB = 32, 4096, 14336, 128256
@@ -43,6 +45,7 @@ GROUPS = {
     "gate_up": (HIDDEN, (INTERMEDIATE, INTERMEDIATE)),
     "down": (INTERMEDIATE, (HIDDEN,)),
 }
+PREFILL = 1024  # tokens
 MIXES = [(1, 1), (16, 1), (16, 8), (64, 1), (64, 8), (64, 64), (256, 1), (256, 8), (256, 64)]
 
 
@@ -102,15 +105,15 @@ def sites() -> tuple[list[dict[str, LoraSite]], int]:
 
 
 def lora_kernels(chunks: Tensor, layers: list[dict[str, LoraSite]], m: int, k: int) -> Iterator[Row]:
-    work = WorkList(torch.ones(len(chunks), LAYERS, 7, device="cuda"), m, 4)
+    work = WorkList(torch.ones(len(chunks), LAYERS, 7, device="cuda"), m, 4, launch.block_rows(m))
     work.update(m, [AdapterRows(range(i, m, k), i, (i,)) for i in range(k)])
     inputs = {size: randn(LAYERS, m, size) for size in (HIDDEN, INTERMEDIATE)}
     for name, (in_features, outs) in GROUPS.items():
-        num_bytes = 2 * in_features * (k * RANK * len(outs) + m)
-        yield Row(
-            f"shrink {name}", m, k,
-            time_layers(lambda i: lora_shrink(inputs[in_features][i], chunks, layers[i][name], work)), num_bytes,
-        )  # fmt: skip
+
+        def shrink(i: int, x: Tensor = inputs[in_features], name: str = name) -> Tensor:
+            return lora_shrink(x[i], chunks, layers[i][name], work)
+
+        yield Row(f"shrink {name}", m, k, time_layers(shrink), 2 * in_features * (k * RANK * len(outs) + m))
     deltas = {
         name: [
             LoraDelta(lora_shrink(inputs[in_features][i], chunks, layers[i][name], work), chunks, layers[i][name], work)
@@ -156,7 +159,7 @@ def base_kernels(m: int) -> Iterator[Row]:
     blocks = m * CONTEXT // BLOCK_SIZE
     cache = randn(blocks, LAYERS, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
     tables = torch.randperm(blocks, device="cuda").int().view(m, -1)
-    plan = PagedPlan.of(tables, [1] * m, [CONTEXT] * m, None, (HEADS, KV_HEADS, HEAD_DIM, BF16))
+    plan = PagedPlan.of(tables, [1] * m, [CONTEXT] * m, None, KV_HEADS, 1)
     q = randn(m, HEADS, HEAD_DIM)
     out = torch.empty_like(q)
     yield Row(
@@ -169,6 +172,20 @@ def base_kernels(m: int) -> Iterator[Row]:
     yield Row("argmax of torch", m, 0, time_layers(lambda i: logits.argmax(-1)), 2 * m * VOCAB)
 
 
+def prefill_kernels(m: int) -> Iterator[Row]:
+    """A prompt of m tokens, nothing cached."""
+    yield from pointwise(m, 0, None)
+    cache = randn(m // BLOCK_SIZE, LAYERS, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    tables = torch.randperm(m // BLOCK_SIZE, device="cuda").int()[None]
+    plan = PagedPlan.of(tables, [m], [m], None, KV_HEADS, launch.tokens_per_tile(HEADS // KV_HEADS, HEAD_DIM, 2))
+    q = randn(m, HEADS, HEAD_DIM)
+    out = torch.empty_like(q)
+    yield Row(
+        "attention_prefill", m, 0, time_layers(lambda i: attention_prefill(q, cache[:, i], out, plan, HEAD_DIM**-0.5)),
+        m * (KV_HEADS * HEAD_DIM * 4 + HEADS * HEAD_DIM * 4),
+    )  # fmt: skip
+
+
 def measure() -> Iterator[Row]:
     for m in (1, 16, 64, 256):
         yield from base_kernels(m)
@@ -176,6 +193,9 @@ def measure() -> Iterator[Row]:
     chunks = torch.empty(max(k for _, k in MIXES), chunk_size, dtype=BF16, device="cuda").normal_(0, 0.02)
     for m, k in MIXES:
         yield from lora_kernels(chunks, layers, m, k)
+    yield from prefill_kernels(PREFILL)
+    for k in (1, 8):
+        yield from lora_kernels(chunks, layers, PREFILL, k)
 
 
 def main() -> None:

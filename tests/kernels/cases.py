@@ -73,7 +73,7 @@ class LoraCase:
     def adapters(self) -> list[AdapterRows]:
         return [AdapterRows(self.rows[i], i, self.chunk_ids[i]) for i in self.used]
 
-    def work_list(self, block_rows: int = 16) -> WorkList:
+    def work_list(self, block_rows: int = 8) -> WorkList:
         work = WorkList(self.scales, self.num_rows, max(map(len, self.chunk_ids)), block_rows)
         work.update(self.num_rows, self.adapters())
         return work
@@ -157,8 +157,10 @@ def attend_float64(q: Tensor, case: PagedCase, query_lens: list[int], window: in
     for i, (num_rows, length) in enumerate(zip(query_lens, case.context_lens, strict=True)):
         if length:
             blocks = cache[tables[i, : -(-length // block_size)].long()]  # [blocks, 2, heads, block_size, dim]
-            k, v = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length].repeat_interleave(
-                q.shape[1] // num_kv_heads, dim=1
+            k, v = (
+                blocks.permute(1, 2, 0, 3, 4)
+                .flatten(2, 3)[:, :, :length]
+                .repeat_interleave(q.shape[1] // num_kv_heads, dim=1)
             )
             scores = torch.einsum("thd,hsd->ths", q[row : row + num_rows], k) * scale
             position = torch.arange(length - num_rows, length)[:, None]

@@ -1,6 +1,6 @@
-"""Compiles every launch of the kernels for sm_90 without a GPU, and says what each takes. Run as a script: it prints JSON.
+"""Compiles every launch of the kernels for sm_90 without a GPU and prints what each takes, as JSON.
 
-The launchers run on CPU tensors; kernels.launch.start is replaced, so that a launch is compiled instead of started.
+The launchers run on CPU tensors; kernels.gpu.launch.start is replaced, so that a launch is compiled instead of started.
 """
 
 import json
@@ -16,17 +16,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import launch
-from kernels.argmax import argmax
-from kernels.attention_decode import attention_decode
-from kernels.attention_prefill import attention_prefill
-from kernels.lora_expand import lora_expand
-from kernels.lora_shrink import lora_shrink
+from kernels.gpu import launch
+from kernels.gpu.argmax import argmax
+from kernels.gpu.attention_decode import attention_decode
+from kernels.gpu.attention_prefill import attention_prefill
+from kernels.gpu.lora_expand import lora_expand
+from kernels.gpu.lora_shrink import lora_shrink
+from kernels.gpu.rms_norm import add_rms_norm, rms_norm
+from kernels.gpu.rotary_store_kv import rotary_store_kv
+from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.paged_plan import PagedPlan
-from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rotary_store_kv import rotary_store_kv
 from kernels.segments import LoraSite
-from kernels.silu_and_mul import silu_and_mul
 from kernels.work_list import LoraDelta, WorkList
 
 SM_90 = GPUTarget("cuda", 90, 32)
@@ -53,6 +53,7 @@ class Compiler:
 
     def start(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+        options["enable_fp_fusion"] = constants.pop("fuse", True)
         signature, attributes = {}, {}
         for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
             if value is None or (isinstance(value, int) and value == 1):
@@ -65,7 +66,7 @@ class Compiler:
         ordered = {name: signature[name] for name in kernel.arg_names}
         source = ASTSource(kernel, ordered, constants, attributes)
         compiled = triton.compile(source, target=SM_90, options=options)
-        self.results[f"{self.label} {kernel.__name__}"] = _usage(compiled.asm["cubin"])
+        self.results[f"{self.label} {kernel.__name__} {len(self.results)}"] = _usage(compiled.asm["cubin"])
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
@@ -112,7 +113,7 @@ def _attention(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: 
     cache = torch.zeros(8, 2, 2, num_kv_heads, block_size, head_dim, dtype=dtype)[:, 1]
     tables = torch.zeros(3, 16, dtype=torch.int32)
     for window in (None, 4096):
-        plan = PagedPlan.of(tables, [1, 1, 6], [9, 9, 9], window, (num_heads, num_kv_heads, head_dim, dtype))
+        plan = PagedPlan.of(tables, [1, 1, 6], [9, 9, 9], window, num_kv_heads, 4)
         q = torch.zeros(8, num_heads, head_dim, dtype=dtype)
         attention_decode(q, cache, torch.empty_like(q), plan, 0.1)
         attention_prefill(q, cache, torch.empty_like(q), plan, 0.1)
@@ -122,7 +123,12 @@ def main() -> None:
     compiler = Compiler()
     launch.start = compiler.start
     launch.num_sms = lambda device: 132  # type: ignore[assignment]
-    for dtype, num_rows, block_rows in ((torch.bfloat16, 64, 16), (torch.bfloat16, 1024, 64), (torch.float32, 64, 16)):
+    for dtype, num_rows, block_rows in (
+        (torch.bfloat16, 64, 8),
+        (torch.bfloat16, 256, 16),
+        (torch.bfloat16, 1024, 32),
+        (torch.float32, 64, 8),
+    ):
         compiler.label = f"{dtype} m={num_rows}"
         _lora(dtype, num_rows, block_rows, 4)
     for dtype, heads, head_dim, block_size in (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.argmax import argmax
+from kernels.gpu.argmax import argmax
 from kernels.reference import argmax as twin
 from tests.kernels.cases import DEVICE, DTYPES, randn
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention_decode import attention_decode
-from kernels.attention_prefill import attention_prefill
+from kernels.gpu import launch
+from kernels.gpu.attention_decode import attention_decode
+from kernels.gpu.attention_prefill import attention_prefill
 from kernels.paged_plan import PagedPlan
 from tests.kernels.cases import CUDA, DTYPES, TOLERANCE, PagedCase, attend_float64, paged_case, randn, relative_error
 
@@ -14,8 +15,8 @@ HEADS = [(4, 1, 64), (3, 3, 96), (8, 2, 128), (7, 1, 80)] + ([(8, 2, 256), (32, 
 
 def attend(q: Tensor, case: PagedCase, query_lens: list[int], window: int | None) -> Tensor:
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], case.cache.shape[2]
-    shape = (num_heads, num_kv_heads, head_dim, q.dtype)
-    plan = PagedPlan.of(case.block_tables, query_lens, case.context_lens, window, shape)
+    tokens = launch.tokens_per_tile(num_heads // num_kv_heads, head_dim, q.element_size())
+    plan = PagedPlan.of(case.block_tables, query_lens, case.context_lens, window, num_kv_heads, tokens)
     out = torch.full_like(q, float("nan"))
     if plan.num_decodes:
         attention_decode(q, case.cache, out, plan, head_dim**-0.5)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.lora_expand import lora_expand
-from kernels.lora_shrink import lora_shrink
+from kernels.gpu.lora_expand import lora_expand
+from kernels.gpu.lora_shrink import lora_shrink
+from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.reference import silu_and_mul as silu_and_mul_twin
 from kernels.reference_lora import lora_expand as expand_twin
 from kernels.reference_lora import lora_shrink as shrink_twin
-from kernels.silu_and_mul import silu_and_mul
 from kernels.work_list import LoraDelta
 from tests.kernels.cases import (
     DTYPES,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.lora_shrink import lora_shrink
+from kernels.gpu.lora_shrink import lora_shrink
 from kernels.reference_lora import lora_shrink as twin
 from tests.kernels.cases import DTYPES, POPULARITIES, RANK, RANKS, LoraCase, lora_case, popularity, randn
 

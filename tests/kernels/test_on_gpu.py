@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.argmax import argmax
-from kernels.attention_decode import attention_decode
-from kernels.lora_expand import lora_expand
-from kernels.lora_shrink import lora_shrink
+from kernels.gpu.argmax import argmax
+from kernels.gpu.attention_decode import attention_decode
+from kernels.gpu.lora_expand import lora_expand
+from kernels.gpu.lora_shrink import lora_shrink
+from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.paged_plan import PagedPlan
 from kernels.reference import silu_and_mul as silu_and_mul_twin
 from kernels.reference_lora import lora_expand as expand_twin
 from kernels.reference_lora import lora_shrink as shrink_twin
-from kernels.silu_and_mul import silu_and_mul
 from kernels.work_list import LoraDelta
 from tests.kernels.cases import DEVICE, RANKS, LoraCase, lora_case, paged_case, popularity, randn, relative_error
 
@@ -85,7 +85,7 @@ def test_a_graph_captured_with_one_adapter_serves_every_mix() -> None:
 def test_decode_attention_is_deterministic(num_rows: int) -> None:
     case = paged_case([513 + 7 * i for i in range(num_rows)], 8, 128, 64, BF16, seed=1)
     q = randn(2, num_rows, 32, 128, dtype=BF16)
-    plan = PagedPlan.of(case.block_tables, [1] * num_rows, case.context_lens, None, (32, 8, 128, BF16))
+    plan = PagedPlan.of(case.block_tables, [1] * num_rows, case.context_lens, None, 8, 1)
     outs = []
     for _ in range(3):
         outs.append(torch.full_like(q, float("nan")))

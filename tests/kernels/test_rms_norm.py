@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from kernels.gpu.rms_norm import add_rms_norm, rms_norm
 from kernels.reference import rms_norm as twin
-from kernels.rms_norm import add_rms_norm, rms_norm
 from tests.kernels.cases import DTYPES, TOLERANCE, randn, relative_error
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.lora_shrink import lora_shrink
+from kernels.gpu.lora_shrink import lora_shrink
+from kernels.gpu.rotary_store_kv import rotary_store_kv
 from kernels.reference import rotary_store_kv as twin
 from kernels.reference_lora import lora_shrink as shrink_twin
-from kernels.rotary_store_kv import rotary_store_kv
 from kernels.work_list import LoraDelta
 from tests.kernels.cases import (
     DEVICE,

@@ -11,7 +11,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def token_offsets(
     table, first, is_token, block_stride, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Offsets of the keys of BLOCK_N tokens, of which first is a multiple, from the cache's block 0 : int64 [BLOCK_N]."""
+    """Offsets of the keys of BLOCK_N tokens from the cache's start: int64 [BLOCK_N]. first: a multiple of BLOCK_N."""
     tokens = tl.arange(0, BLOCK_N)
     if BLOCK_SIZE >= BLOCK_N:
         block = tl.load(table + first // BLOCK_SIZE).to(tl.int64)

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import launch, work_list
-from kernels.lora_tile import add_product, b_tile, live_ranks, num_chunks, s_rows, s_tile
+from kernels import work_list
+from kernels.gpu import launch
+from kernels.gpu.lora_tile import add_product, b_tile, live_ranks, num_chunks, s_rows, s_tile
 from kernels.work_list import LoraDelta, WorkList
 
 _NUM_SEGMENTS = tl.constexpr(work_list.NUM_SEGMENTS)
@@ -46,23 +47,23 @@ def _silu_and_mul_lora(
         b1 = b_tile(record, 0, chunks, chunk_stride, b_of_up, columns, is_column, live1, BLOCK_ROWS, RANK)
         a0 = s_tile(s, rows_of_s, 0, 0, is_row, live0, WIDTH, RANK)
         a1 = s_tile(s, rows_of_s, 0, 1, is_row, live1, WIDTH, RANK)
-        mask = is_row[:, None] & is_column[None, :]
-        gate_tile = gate_up + rows.to(tl.int64)[:, None] * gate_up_stride + columns[None, :]
+        mask = is_row[None, :] & is_column[:, None]
+        gate_tile = gate_up + rows.to(tl.int64)[None, :] * gate_up_stride + columns[:, None]
         gate = tl.load(gate_tile, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(gate_tile + N, mask=mask, other=0.0).to(tl.float32)
         if n > 0:
-            delta_of_gate = add_product(tl.zeros((BLOCK_ROWS, BLOCK), tl.float32), a0, b0)
-            delta_of_up = add_product(tl.zeros((BLOCK_ROWS, BLOCK), tl.float32), a1, b1)
+            delta_of_gate = add_product(tl.zeros((BLOCK, BLOCK_ROWS), tl.float32), b0, a0)
+            delta_of_up = add_product(tl.zeros((BLOCK, BLOCK_ROWS), tl.float32), b1, a1)
             for i in tl.range(1, n):
                 b0 = b_tile(record, i, chunks, chunk_stride, b_offset, columns, is_column, live0, BLOCK_ROWS, RANK)
                 b1 = b_tile(record, i, chunks, chunk_stride, b_of_up, columns, is_column, live1, BLOCK_ROWS, RANK)
                 a0 = s_tile(s, rows_of_s, i, 0, is_row, live0, WIDTH, RANK)
                 a1 = s_tile(s, rows_of_s, i, 1, is_row, live1, WIDTH, RANK)
-                delta_of_gate = add_product(delta_of_gate, a0, b0)
-                delta_of_up = add_product(delta_of_up, a1, b1)
+                delta_of_gate = add_product(delta_of_gate, b0, a0)
+                delta_of_up = add_product(delta_of_up, b1, a1)
             gate += delta_of_gate * scale_of_gate
             up += delta_of_up * scale_of_up
-        y_tile = y + rows.to(tl.int64)[:, None] * N + columns[None, :]
+        y_tile = y + rows.to(tl.int64)[None, :] * N + columns[:, None]
         tl.store(y_tile, (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty), mask=mask)
 
 
@@ -83,7 +84,7 @@ def silu_and_mul(gate_up: Tensor, delta: LoraDelta | None = None) -> Tensor:
         return y
     work, site = delta.segments, delta.site
     assert isinstance(work, WorkList) and site.out_features == (size, size)
-    shape = launch.expand_shape(size, work.block_rows)
+    shape = launch.silu_lora_shape(size, work.block_rows)
     launch.start(
         _silu_and_mul_lora, launch.persistent_grid(y.device, work.max_segments * -(-size // shape.block), 8),
         gate_up, y, delta.s, delta.chunks, work.records, work.counts, work.scales, gate_up.stride(0),

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import launch, work_list
-from kernels.lora_tile import add_product, b_tile, live_ranks, num_chunks, s_rows, s_tile
+from kernels import work_list
+from kernels.gpu import launch
+from kernels.gpu.lora_tile import add_product, b_tile, live_ranks, num_chunks, s_rows, s_tile
 from kernels.segments import LoraSite
 from kernels.work_list import WorkList
 
@@ -30,15 +31,15 @@ def _lora_expand(
         columns = item % NUM_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
         live = live_ranks(scale, n, RANK)
         is_row, is_column = rows >= 0, columns < tl.where(live > 0, N, 0)
-        y_tile = y + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
-        mask = is_row[:, None] & is_column[None, :]
+        y_tile = y + rows.to(tl.int64)[None, :] * y_stride + columns[:, None]
+        mask = is_row[None, :] & is_column[:, None]
         b = b_tile(record, 0, chunks, chunk_stride, b_offset, columns, is_column, live, BLOCK_ROWS, RANK)
         a = s_tile(s, rows_of_s, 0, 0, is_row, live, RANK, RANK)
         old = tl.load(y_tile, mask=mask, other=0.0).to(tl.float32)
-        delta = add_product(tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32), a, b)
+        delta = add_product(tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32), b, a)
         for i in tl.range(1, n):
             b = b_tile(record, i, chunks, chunk_stride, b_offset, columns, is_column, live, BLOCK_ROWS, RANK)
-            delta = add_product(delta, s_tile(s, rows_of_s, i, 0, is_row, live, RANK, RANK), b)
+            delta = add_product(delta, b, s_tile(s, rows_of_s, i, 0, is_row, live, RANK, RANK))
         tl.store(y_tile, (old + delta * scale).to(y.dtype.element_ty), mask=mask)
 
 

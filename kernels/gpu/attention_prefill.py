@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import launch
-from kernels.attention_tile import LOG2_E, LOWEST, attend_tile, load_tile, token_offsets
+from kernels.gpu import launch
+from kernels.gpu.attention_tile import LOG2_E, LOWEST, attend_tile, load_tile, token_offsets
 from kernels.paged_plan import PagedPlan
 
 

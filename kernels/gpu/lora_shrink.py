@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import launch, work_list
-from kernels.lora_tile import s_rows
+from kernels import work_list
+from kernels.gpu import launch
+from kernels.gpu.lora_tile import s_rows
 from kernels.segments import LoraSite
 from kernels.work_list import WorkList
 
@@ -31,24 +32,24 @@ def _lora_shrink(
         chunk = tl.load(tasks + 4 * task + 2).to(tl.int64)
         record = records + segment * RECORD
         rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
-        place = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)[:, None] + i * WIDTH + module * RANK + ranks[None, :]
+        place = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)[None, :] + i * WIDTH + module * RANK + ranks[:, None]
         if tl.load(scales + segment * scales_stride + scale_index + module) != 0.0:
             is_row = rows >= 0
             columns = split * (NUM_BLOCKS * BLOCK_K) + tl.arange(0, BLOCK_K)
             a_module = chunks + chunk * chunk_stride + a_offset + module * RANK * K
-            a_tile = a_module + ranks[None, :] * K + columns[:, None]
-            x_tile = x + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
-            total = tl.zeros((BLOCK_ROWS, RANK), tl.float32)
+            a_tile = a_module + ranks[:, None] * K + columns[None, :]
+            x_tile = x + rows.to(tl.int64)[None, :] * x_stride + columns[:, None]
+            total = tl.zeros((RANK, BLOCK_ROWS), tl.float32)
             for block in tl.range(NUM_BLOCKS):
                 if K % (NUM_BLOCKS * BLOCK_K) == 0:
                     a = tl.load(a_tile + block * BLOCK_K)
-                    values = tl.load(x_tile + block * BLOCK_K, mask=is_row[:, None], other=0.0)
+                    values = tl.load(x_tile + block * BLOCK_K, mask=is_row[None, :], other=0.0)
                 else:
                     is_column = columns + block * BLOCK_K < K
-                    a = tl.load(a_tile + block * BLOCK_K, mask=is_column[:, None], other=0.0)
-                    values = tl.load(x_tile + block * BLOCK_K, mask=is_row[:, None] & is_column[None, :], other=0.0)
-                total = tl.dot(values, a, total, input_precision="tf32x3")
-            mask = is_row[:, None] & (ranks[None, :] >= 0)
+                    a = tl.load(a_tile + block * BLOCK_K, mask=is_column[None, :], other=0.0)
+                    values = tl.load(x_tile + block * BLOCK_K, mask=is_row[None, :] & is_column[:, None], other=0.0)
+                total = tl.dot(a, values, total, input_precision="tf32x3")
+            mask = is_row[None, :] & (ranks[:, None] >= 0)
             if NUM_SPLITS == 1:
                 tl.store(s + place, total, mask=mask)
             else:
@@ -57,9 +58,11 @@ def _lora_shrink(
                 semaphore = semaphores + task * NUM_MODULES + module
                 if tl.atomic_add(semaphore, 1, sem="acq_rel") == NUM_SPLITS - 1:
                     # The last to arrive adds all parts, always in the same order.
-                    total = tl.zeros((BLOCK_ROWS, RANK), tl.float32)
+                    total = tl.zeros((RANK, BLOCK_ROWS), tl.float32)
                     for part in tl.static_range(NUM_SPLITS):
-                        total += tl.load(partials + part * plane_size + place, mask=mask, other=0.0, cache_modifier=".cg")
+                        total += tl.load(
+                            partials + part * plane_size + place, mask=mask, other=0.0, cache_modifier=".cg"
+                        )
                     tl.store(s + place, total, mask=mask)
                     tl.store(semaphore, 0)
 
@@ -76,7 +79,9 @@ def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, work: WorkList) -> Te
     assert chunks.stride(1) == 1
     s = torch.empty(num_rows, work.max_chunks, num_modules * site.chunk_rank, dtype=torch.float32, device=x.device)
     shape = launch.shrink_shape(in_features, num_modules, num_rows, work.block_rows, x.device)
-    partials = torch.empty(shape.num_splits, s.numel(), dtype=torch.float32, device=x.device) if shape.num_splits > 1 else s
+    partials = (
+        torch.empty(shape.num_splits, s.numel(), dtype=torch.float32, device=x.device) if shape.num_splits > 1 else s
+    )
     layers_and_modules = work.scales.shape[2]
     launch.start(
         _lora_shrink,

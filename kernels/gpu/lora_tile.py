@@ -1,7 +1,9 @@
 """What the LoRA kernels share: reading a segment's record, and tiles of s and B. See WorkList for the record.
 
-Nothing here branches on what it has loaded: loads that wait for a branch stand in a row instead of side by side, and
-these kernels cost little but such waits. What is absent is masked instead, and reads no bytes.
+Tiles stand with the columns of the output first and the rows of the batch second: few rows make few registers that way,
+since a tensor core takes 16 of its left operand and 8 of its right one. Nothing here branches on what it has loaded:
+loads that wait for a branch stand in a row instead of side by side, and these kernels cost little but such waits. What
+is absent is masked instead, and reads no bytes.
 """
 
 import triton
@@ -35,24 +37,24 @@ def s_rows(record, MAX_CHUNKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl
 
 @triton.jit
 def s_tile(s, rows, i, module, is_row, live, WIDTH: tl.constexpr, RANK: tl.constexpr):
-    """s of one chunk and module: float32 [BLOCK_ROWS, RANK]. rows from s_rows, live from live_ranks."""
+    """s of one chunk and module, transposed: float32 [RANK, BLOCK_ROWS]. rows from s_rows, live from live_ranks."""
     ranks = tl.arange(0, RANK)
-    place = s + rows[:, None] + i * WIDTH + module * RANK + ranks[None, :]
-    return tl.load(place, mask=is_row[:, None] & (ranks[None, :] < live), other=0.0)
+    place = s + rows[None, :] + i * WIDTH + module * RANK + ranks[:, None]
+    return tl.load(place, mask=is_row[None, :] & (ranks[:, None] < live), other=0.0)
 
 
 @triton.jit
 def b_tile(
     record, i, chunks, chunk_stride, b_offset, columns, is_column, live, BLOCK_ROWS: tl.constexpr, RANK: tl.constexpr
 ):
-    """Rows of B, given by columns, of a segment's chunk i, transposed: [RANK, number of columns]."""
+    """Rows of B, given by columns of the output, of a segment's chunk i: [number of columns, RANK]."""
     ranks = tl.arange(0, RANK)
     chunk = tl.load(record + BLOCK_ROWS + _CHUNK_IDS + i).to(tl.int64)
-    place = chunks + chunk * chunk_stride + b_offset + columns[None, :] * RANK + ranks[:, None]
-    return tl.load(place, mask=is_column[None, :] & (ranks[:, None] < live), other=0.0)
+    place = chunks + chunk * chunk_stride + b_offset + columns[:, None] * RANK + ranks[None, :]
+    return tl.load(place, mask=is_column[:, None] & (ranks[None, :] < live), other=0.0)
 
 
 @triton.jit
-def add_product(delta, a, b):
-    """delta + a · b, in float32."""
-    return tl.dot(a.to(b.dtype), b, delta, input_precision="tf32x3")
+def add_product(delta, b, s):
+    """delta + b · s, in float32 [number of columns, BLOCK_ROWS]."""
+    return tl.dot(b, s.to(b.dtype), delta, input_precision="tf32x3")

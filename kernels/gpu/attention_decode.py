@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import launch
-from kernels.attention_tile import LOG2_E, LOWEST, attend_tile, load_tile, token_offsets
+from kernels.gpu import launch
+from kernels.gpu.attention_tile import LOG2_E, LOWEST, attend_tile, load_tile, token_offsets
 from kernels.paged_plan import PagedPlan
 
 
@@ -26,14 +26,16 @@ def _combine(
     best = tl.max(bests, 1)
     total = tl.where(is_head, tl.sum(totals * tl.exp2(bests - best[:, None]), 1), 1.0)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for part in tl.range(num_used):
+    for part in tl.range(0, num_used, loop_unroll_factor=8):  # so that loads do not wait for one another
         place = heads * NUM_SPLITS + part
         weight = tl.exp2(tl.load(stats + place * 2, mask=is_head, other=LOWEST, cache_modifier=".cg") - best)
         values = tl.load(
             partials + place[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0, cache_modifier=".cg"
         )
         acc += weight[:, None] * values
-    tl.store(out + heads[:, None] * HEAD_DIM + dims[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+    tl.store(
+        out + heads[:, None] * HEAD_DIM + dims[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit
