@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import WorkList
-from kernels.argmax import argmax
-from kernels.paged_plan import PagedPlan
+from kernels import PagedPlan, WorkList
+from kernels.gpu import argmax, launch
 from worker.adapter_pool import AdapterPool
 from worker.kv_cache import KVCache
 from worker.layers.side_stream import MAX_ROWS, SideStream
 from worker.layers.step import Lora, Step
 from worker.model_config import ModelConfig
 from worker.models.decoder import Decoder
-from worker.paged_input import BUCKETS, ROWS_OF_SEGMENT, TABLE_STEP, Adapted, StepRows, work_of
+from worker.paged_input import BUCKETS, TABLE_STEP, Adapted, StepRows, work_of
 from worker.step_buffers import StepBuffers
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class Bucket:
         self.steps = [Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, None)]
         self.work: WorkList | None = None
         if pool is not None:
-            self.work = WorkList(pool.scales, num_rows, max_chunks, ROWS_OF_SEGMENT[0])
+            self.work = WorkList(pool.scales, num_rows, max_chunks, launch.block_rows(num_rows))
             self.work.update(num_rows, [])
             lora = Lora(pool.chunks, self.work, side if num_rows <= MAX_ROWS else None)
             self.steps.append(Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, lora))

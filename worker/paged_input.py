@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import AdapterRows, WorkList
-from kernels.paged_plan import PagedPlan
+from kernels import AdapterRows, PagedPlan, WorkList
+from kernels.gpu import launch
 from protocol.messages import BASE_GENERATION
 from worker.adapter_pool import AdapterPool
 from worker.kv_cache import KVCache
@@ -22,8 +22,6 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 NO_SLOT = -1
 # Tables grow by so many blocks: a kernel is compiled anew for a stride of another divisibility.
 TABLE_STEP = 16
-# Rows of a LoRA segment: small tiles where few rows share an adapter, tiles for the tensor cores in large prompts.
-FEW_ROWS, ROWS_OF_SEGMENT = 256, (16, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +106,7 @@ def work_of(adapted: list[Adapted]) -> list[AdapterRows]:
 
 def work_list(adapted: list[Adapted], num_rows: int, pool: AdapterPool, max_chunks: int) -> WorkList:
     """A work list for one step alone."""
-    block_rows = ROWS_OF_SEGMENT[num_rows >= FEW_ROWS]
+    block_rows = launch.block_rows(num_rows)
     work = WorkList(pool.scales, -(-num_rows // block_rows) + len(adapted) + 1, max_chunks, block_rows)
     work.update(num_rows, work_of(adapted))
     return work
@@ -138,5 +136,6 @@ def _plan(rows: StepRows, kv_cache: KVCache, config: ModelConfig) -> PagedPlan:
         flat += table + [0] * (width - len(table))
     tables = torch.tensor(flat, dtype=torch.int32, device=kv_cache.data.device).view(-1, width)
     query_lens = [*[1] * rows.num_padded, *(scheduled.num_tokens for scheduled in rows.prefills)]
-    q = (config.num_heads, config.num_kv_heads, config.head_dim, kv_cache.data.dtype)
-    return PagedPlan.of(tables, query_lens, context_lens, config.sliding_window, q)
+    group_size = config.num_heads // config.num_kv_heads
+    per_tile = launch.tokens_per_tile(group_size, config.head_dim, kv_cache.data.element_size())
+    return PagedPlan.of(tables, query_lens, context_lens, config.sliding_window, config.num_kv_heads, per_tile)

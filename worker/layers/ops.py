@@ -39,19 +39,14 @@ TORCH = Ops(
 
 def triton_ops() -> Ops:
     """The Triton kernels. Imported here, so that a CPU server never loads Triton."""
-    from kernels.lora_expand import lora_expand
-    from kernels.lora_shrink import lora_shrink
-    from kernels.paged_attention import paged_attention
-    from kernels.rms_norm import add_rms_norm, rms_norm
-    from kernels.rotary_store_kv import rotary_store_kv
-    from kernels.silu_and_mul import silu_and_mul
+    from kernels import gpu
 
     return Ops(
-        rms_norm=rms_norm,
-        add_rms_norm=add_rms_norm,
-        rotary_store_kv=rotary_store_kv,
-        paged_attention=paged_attention,
-        silu_and_mul=silu_and_mul,
-        lora_shrink=lora_shrink,
-        lora_expand=lora_expand,
+        rms_norm=gpu.rms_norm,
+        add_rms_norm=gpu.add_rms_norm,
+        rotary_store_kv=gpu.rotary_store_kv,
+        paged_attention=gpu.paged_attention,
+        silu_and_mul=gpu.silu_and_mul,
+        lora_shrink=gpu.lora_shrink,
+        lora_expand=gpu.lora_expand,
     )

@@ -1,15 +1,11 @@
 """Step: what the layers must know of a step besides its hidden states; built once, the same for every layer."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kernels import AttentionPlan, Segments, WorkList
+from kernels import AttentionPlan, PagedPlan, Segments, WorkList
 from worker.layers.side_stream import SideStream
-
-if TYPE_CHECKING:
-    from kernels.paged_plan import PagedPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +23,6 @@ class Step:
 
     positions: Tensor  # int64 [num_tokens]
     slot_mapping: Tensor  # int64 [num_tokens]: where the token's KV goes, a slot counted through all blocks
-    attention: "AttentionPlan | PagedPlan"  # for the torch twins, for the Triton kernels
+    attention: AttentionPlan | PagedPlan  # for the torch twins, for the Triton kernels
     kv_layers: tuple[Tensor, ...]  # of the KV cache, each [num_blocks, 2, num_kv_heads, block_size, head_dim]
     lora: Lora | None  # None: no row has an adapter, and nothing of LoRA runs
