@@ -48,7 +48,8 @@ test-gpu: $(VENV)/.dev ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 bench: $(VENV)/.dev ## Measure on this machine; appends to tests/bench/results.csv
-	$(BIN)/python -m tests.bench.bench_cpu_decode $(ARGS)
+	$(BIN)/python -m tests.bench.bench_cpu_decode --csv tests/bench/results.csv
+	$(BIN)/python -m tests.bench.bench_gateway --csv tests/bench/results.csv
 
 build: $(VENV)/.serve ## Build the wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .

@@ -109,7 +109,8 @@ class WorkerClient:
                 self._set_session(session)
                 await self._keep_alive(session)
             except (SessionLost, TimeoutError) as error:
-                logger.info("worker %s: session %d: %s", self.endpoint, self._number, error or "no answer in time")
+                level = logging.INFO if self.num_sessions else logging.DEBUG  # until it has come up, silence is no news
+                logger.log(level, "worker %s: %s", self.endpoint, str(error) or "no answer in time")
             except Exception:  # a file that cannot be read, say: the next session may bring a better worker
                 logger.exception("worker %s: session %d failed", self.endpoint, self._number)
             finally:

@@ -402,6 +402,7 @@ def main() -> None:
     parser.add_argument("--delay-ms", type=float, default=1.0)
     parser.add_argument("--credits", type=int, default=4096)
     parser.add_argument("--lora-paths", nargs="*", default=[])
+    parser.add_argument("--log-level", help="as the real worker has it; nothing is logged here")
     options = parser.parse_args()
     EchoWorker(options.endpoint, options.control, options.delay_ms, options.credits, options.lora_paths).run()
 

@@ -4,25 +4,24 @@
 
 Without --model: random weights of SmolLM2-135M's shape. A round reads all weights, then decodes with one base request,
 one request with an adapter, and eight requests on eight adapters; the best of the rounds is reported, since other
-load on the machine only ever adds. OMP_NUM_THREADS sets the threads. Where other processes want the same cores, set
-OMP_WAIT_POLICY=PASSIVE or one thread: threads that spin for a descheduled sibling make a step 10 times as long.
+load on the machine only ever adds. OMP_NUM_THREADS sets the threads; they wait for each other as in the worker.
 """
 
 import argparse
-import csv
-import datetime
-import platform
-import subprocess
+import os
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads OpenMP, as worker.cli does
+
 import torch
 from torch import Tensor
 
 from protocol.sampling import SamplingParams
+from tests.bench.results import append_csv, machine
 from worker.adapter_pool import AdapterPool
 from worker.adapter_weights import PackedAdapter
 from worker.chunk_layout import MODULES
@@ -37,7 +36,6 @@ CPU = torch.device("cpu")
 BLOCK_SIZE = 16
 NUM_ADAPTERS = 8
 STEPS = 8  # decode steps a measurement
-RESULTS = Path(__file__).with_name("results.csv")
 SMOLLM2_135M = ModelConfig(
     architecture="LlamaForCausalLM",
     vocab_size=49152,
@@ -172,45 +170,25 @@ def measure(bench: Bench, rounds: int) -> dict[str, float]:
     }
 
 
-def append_csv(path: Path, name: str, metrics: dict[str, float], on: str = "", commit: str = "") -> None:
-    """One line a metric: date, commit, machine, benchmark, metric, value. on: the machine; default: machine()."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    head = [datetime.date.today().isoformat(), commit or git.stdout.strip(), on or machine(), name]
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new:
-            writer.writerow(["date", "commit", "machine", "benchmark", "metric", "value"])
-        for metric, value in metrics.items():
-            writer.writerow([*head, metric, f"{value:.4g}"])
-
-
-def machine() -> str:
-    """The processor and the threads in use, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model directory; default: random weights of SmolLM2-135M's shape")
     parser.add_argument("--context", type=int, default=128, help="tokens of context before the decode (default 128)")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters, on all modules (default 16)")
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds; the best counts (default 5)")
-    parser.add_argument("--csv", type=Path, help=f"append the results here, {RESULTS.name} beside this file by custom")
+    parser.add_argument("--csv", type=Path, help="append the results here, results.csv beside this file by custom")
     args = parser.parse_args(arguments)
     if args.model:
         model, config = load_model(args.model, torch.float32, CPU)
     else:
         model, config = Decoder(SMOLLM2_135M, RandomWeights()), SMOLLM2_135M
     metrics = measure(Bench(model, config, args.context, args.rank), args.rounds)
-    sys.stdout.write(f"{machine()}; context {args.context}, rank {args.rank}\n")
+    sys.stdout.write(f"{machine(torch.get_num_threads())}; context {args.context}, rank {args.rank}\n")
     for metric, value in metrics.items():
         sys.stdout.write(f"{metric:30} {value:8.4g}\n")
     if args.csv:
-        append_csv(args.csv, f"cpu_decode context={args.context} rank={args.rank}", metrics)
+        name = f"cpu_decode context={args.context} rank={args.rank}"
+        append_csv(args.csv, machine(torch.get_num_threads()), name, metrics)
 
 
 if __name__ == "__main__":

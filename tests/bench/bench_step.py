@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from protocol.sampling import SamplingParams
-from tests.bench.bench_cpu_decode import append_csv, weights_of
+from tests.bench.bench_cpu_decode import weights_of
+from tests.bench.results import append_csv
 from worker.adapter_pool import AdapterPool
 from worker.adapter_weights import PackedAdapter
 from worker.chunk_layout import MODULES
@@ -173,7 +174,7 @@ def main() -> None:
         sys.stdout.flush()
         if args.csv:
             name = f"gpu_step context={args.context} rank={args.rank} rows={num_rows} adapters={num_adapters}"
-            append_csv(args.csv, name, metrics, args.machine, args.commit)
+            append_csv(args.csv, args.machine, name, metrics, args.commit)
 
 
 if __name__ == "__main__":

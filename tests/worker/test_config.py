@@ -92,7 +92,7 @@ def test_values_that_cannot_work_are_named(arguments: list[str], word: str) -> N
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--cuda-graph-max-bs", "8"], ["--model", "x"], ["--lora-eviction-policy", "random"], ["x"]]
+    "arguments", [["--cuda-graph-max-batch-size", "8"], ["--model", "x"], ["--lora-eviction-policy", "random"], ["x"]]
 )
 def test_unknown_options_are_errors(arguments: list[str]) -> None:
     with pytest.raises((SystemExit, argparse.ArgumentError)):

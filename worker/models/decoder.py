@@ -102,7 +102,9 @@ class Decoder:
         self.layers = [DecoderLayer(config, layer, weights, layout, ops) for layer in range(config.num_layers)]
         self.norm = weights.take("model.norm.weight", config.hidden_size)
         self.lm_head = _lm_head(config, weights, self.embed_tokens)
-        self.rotary_embedding = RotaryEmbedding(config.rope, config.head_dim, weights.dtype, weights.device)
+        self.rotary_embedding = RotaryEmbedding(
+            config.rope, config.head_dim, config.max_position_embeddings, weights.dtype, weights.device
+        )
 
     def forward(self, token_ids: Tensor, step: Step) -> Tensor:
         """token_ids int64 [num_tokens] -> hidden states [num_tokens, hidden_size], before the last norm."""

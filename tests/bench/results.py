@@ -1,0 +1,33 @@
+"""The versioned CSV of benchmark results: one line a metric, with date, commit and machine."""
+
+import csv
+import datetime
+import platform
+import subprocess
+from pathlib import Path
+
+
+def append_csv(path: Path, machine_name: str, benchmark: str, metrics: dict[str, float], commit: str = "") -> None:
+    """Appends date, commit, machine, benchmark, metric, value; writes the header first where there is none.
+
+    commit: git's HEAD unless given, as it must be where there is no repository.
+    """
+    if not commit:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip()
+    head = [datetime.date.today().isoformat(), commit, machine_name, benchmark]
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if is_new:
+            writer.writerow(["date", "commit", "machine", "benchmark", "metric", "value"])
+        for metric, value in metrics.items():
+            writer.writerow([*head, metric, f"{value:.4g}"])
+
+
+def machine(num_threads: int) -> str:
+    """The processor, as far as the system tells, and the threads in use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {num_threads} threads"
