@@ -37,7 +37,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Divides the memory that is left. max_positions: the model's own longest context. Raises MemoryShortage.
 
-    takes_all: KV gets what is left of --mem-fraction, be it more than --max-running-requests are likely to need.
+    takes_all: KV gets what is left of --mem-fraction, up to a full context for each of --max-running-requests.
     """
     wanted_len = config.context_length or max_positions
     if wanted_len > max_positions:
@@ -46,10 +46,9 @@ def plan_memory(
     num_chunks = _num_chunks(config, budget // chunk_bytes)
     num_blocks = config.num_kv_blocks
     if num_blocks is None:
-        num_tokens = max(config.max_running_requests * TOKENS_A_SEQUENCE, wanted_len)
-        num_blocks = (budget - num_chunks * chunk_bytes) // block_bytes
-        if not takes_all:
-            num_blocks = min(-(-num_tokens // block_size), num_blocks)
+        each = wanted_len if takes_all else TOKENS_A_SEQUENCE
+        num_tokens = max(config.max_running_requests * each, wanted_len)
+        num_blocks = min(-(-num_tokens // block_size), (budget - num_chunks * chunk_bytes) // block_bytes)
     num_tokens = num_blocks * block_size
     num_bytes = num_blocks * block_bytes + num_chunks * chunk_bytes
     if num_bytes > available_bytes:

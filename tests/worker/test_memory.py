@@ -29,7 +29,8 @@ def test_enough_memory_gives_each_sequence_its_tokens_and_adapters_their_pool() 
 
 
 def test_kv_may_take_all_that_is_left() -> None:
-    assert plan(max_running_requests=4, takes_all=True) == MemoryPlan(1000, 0, 2048)
+    assert plan(max_running_requests=4, takes_all=True) == MemoryPlan(512, 0, 2048)
+    assert plan(max_running_requests=32, takes_all=True) == MemoryPlan(1000, 0, 2048)
     assert plan(num_kv_blocks=9, takes_all=True) == MemoryPlan(9, 0, 144)
 
 
