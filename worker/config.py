@@ -132,8 +132,8 @@ class WorkerConfig:
         None,
         "KV blocks, in place of what --mem-fraction gives",
         type=int,
-        default_text="as memory allows, on a GPU a full context for each of --max-running-requests, on the CPU 512 tokens"
-        " for each and at least one full context",
+        default_text="as memory allows, a full context for each of --max-running-requests on a GPU, 512 tokens for each"
+        " on the CPU, and at least one full context",
     )
     context_length: int | None = _setting(
         None, "longest prompt and answer together, tokens", type=int, default_text="the model's, as far as KV holds it"

@@ -3,6 +3,7 @@
 Needs a GPU, where it runs in float32 with and without CUDA graphs, or Triton's interpreter.
 """
 
+import os
 import random
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from worker.adapter_weights import LoraWeight, module_shape, pack_adapter
 from worker.chunk_layout import MODULES
 from worker.sequence import Sequence
 
+# In the interpreter these take minutes: TRITON_INTERPRET=1 pytest tests/worker/test_on_gpu.py
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU"),
+]
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
 WITH_LOGPROBS = SamplingParams(max_tokens=64, temperature=0.0, logprobs=5)
 # Generation -> rank and modules.
