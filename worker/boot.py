@@ -238,7 +238,9 @@ def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None) -> 
         max_chunks=max_chunks,
         max_model_len=base.plan.max_model_len,
     )
-    return TritonRunner(base.decoder, model, kv_cache, pool, max_chunks=max_chunks, graphs=graphs)
+    runner = TritonRunner(base.decoder, model, kv_cache, pool, max_chunks=max_chunks, graphs=graphs)
+    runner.warm_up(config.chunked_prefill_size)
+    return runner
 
 
 def _max_chunks(config: WorkerConfig, base: Base) -> int:

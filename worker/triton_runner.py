@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from protocol.sampling import SamplingParams
 from worker.adapter_pool import AdapterPool
 from worker.decode_graphs import DecodeGraphs
 from worker.kv_cache import KVCache
@@ -16,6 +17,8 @@ from worker.models.decoder import Decoder
 from worker.paged_input import BUCKETS, Adapted, StepRows, adapted_rows, eager_step, lay_out, work_list
 from worker.sampler import Sampler, is_plain_greedy
 from worker.sequence import Sample, ScheduledSequence, Sequence
+
+WARM_UP_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class TritonRunner:
@@ -61,6 +64,21 @@ class TritonRunner:
             return self._sampler.sample(logits[order].float(), sampled)
         hidden = self._forward(rows, adapted)
         return self._choose(self.model.logits(hidden[rows.sample_rows]), sampled) if sampled else []
+
+    @torch.inference_mode()
+    def warm_up(self, max_tokens: int) -> None:
+        """Compiles what prompts of up to max_tokens tokens a step need. For boot: writes over the first KV blocks."""
+        block_size = self.kv_cache.block_size
+        most = min(max_tokens, self.kv_cache.num_blocks * block_size, self._config.max_position_embeddings)
+        for num_tokens in sorted({size for size in (*WARM_UP_TOKENS, most) if 1 < size <= most}):
+            blocks = list(range(-(-num_tokens // block_size)))
+            sampling = SamplingParams(max_tokens=1, temperature=0.0)
+            sequence = Sequence(0, [0] * num_tokens, num_tokens, sampling, 0, block_table=blocks)
+            rows = lay_out([ScheduledSequence(sequence, num_tokens)], block_size, self._buckets)
+            hidden = self._forward(rows, [])
+            if self.pool is not None:
+                hidden = self._forward(rows, [(0, (0,), list(range(num_tokens)))])
+            self._choose(self.model.logits(hidden[rows.sample_rows]), [sequence])
 
     def _forward(self, rows: StepRows, adapted: list[Adapted]) -> Tensor:
         token_ids, step = eager_step(rows, self.kv_cache, self._config)

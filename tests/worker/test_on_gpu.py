@@ -94,6 +94,19 @@ def test_any_mix_gives_what_the_twins_give(tmp_path: Path, family: str, graph_ro
                 assert [s.logprob for s in samples] == pytest.approx(logprobs, abs=2e-3)
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="takes minutes in the interpreter")
+def test_warming_up_changes_no_answer(tmp_path: Path) -> None:
+    model_dir = write_tiny_model(tmp_path / "model", "llama3")
+    answers = []
+    for is_warm in (False, True):
+        driver = triton_driver(model_dir, DTYPE, num_chunks=NUM_CHUNKS, graph_rows=4)
+        if is_warm:
+            driver.runner.warm_up(300)  # type: ignore[union-attr]
+        run_mix(driver, WITH_LOGPROBS, random.Random(3))
+        answers.append(driver.samples)
+    assert answers[0] == answers[1]
+
+
 def test_numbers_that_are_none_fail_their_row_alone(tmp_path: Path) -> None:
     model_dir = write_tiny_model(tmp_path / "model", "llama3")
     for graph_rows in GRAPH_ROWS:
