@@ -18,7 +18,7 @@ DEMO := --adapter-root deploy/adapters \
 	--lora-paths lora0=deploy/adapters/lora0 lora1=deploy/adapters/lora1 lora2=deploy/adapters/lora2
 endif
 
-.PHONY: help install serve chat check lint test test-gpu bench build clean
+.PHONY: help install serve chat check lint test test-gpu bench bench-gpu build clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,10 @@ test-gpu: $(VENV)/.dev ## The tests that need a GPU
 bench: $(VENV)/.dev ## Measure on this machine; appends to tests/bench/results.csv
 	$(BIN)/python -m tests.bench.bench_cpu_decode --csv tests/bench/results.csv
 	$(BIN)/python -m tests.bench.bench_gateway --csv tests/bench/results.csv
+
+bench-gpu: $(VENV)/.dev ## Measure decode steps and kernels on this machine's GPU
+	$(BIN)/python -m tests.bench.bench_step --csv tests/bench/results.csv $(ARGS)
+	$(BIN)/python -m tests.bench.bench_kernels
 
 build: $(VENV)/.serve ## Build the wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .

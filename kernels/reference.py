@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.reference_lora import lora_expand
+from kernels.segments import Segments
+from kernels.work_list import LoraDelta
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Semantics: y = x / sqrt(mean(x²) + eps) * weight over the last dimension, in float32 inside.
@@ -13,9 +17,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x [..., size], weight [size] -> [..., size] in x's dtype.
     """
     # Between two GEMMs, with cold caches, 55 µs where torch's own rms_norm takes 77: it is made of more ops.
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    wide = x.float()
+    norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     inverse_rms = norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-    return (x.float() * inverse_rms).to(x.dtype).mul_(weight)
+    return (wide * inverse_rms).to(x.dtype).mul_(weight)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,11 +43,13 @@ def rotary(x: Tensor, cos: Tensor, signed_sin: Tensor) -> None:
     x.mul_(cos).addcmul_(swapped, signed_sin)
 
 
-def silu_and_mul(x: Tensor) -> Tensor:
-    """Semantics: y = silu(x[:, :n]) * x[:, n:].
+def silu_and_mul(x: Tensor, delta: LoraDelta | None = None) -> Tensor:
+    """Semantics: y = silu(x[:, :n]) * x[:, n:], after lora_expand(x, delta). x may be changed.
 
     x [num_tokens, 2n] -> [num_tokens, n].
     """
+    if delta is not None:
+        _expand(x, delta)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -54,6 +61,51 @@ def store_kv(kv: Tensor, cache: Tensor, slot_blocks: Tensor, slot_offsets: Tenso
     [num_blocks, 2, num_kv_heads, block_size, head_dim]; slot_blocks, slot_offsets int64 [num_tokens], no slot twice.
     """
     cache[slot_blocks, :, :, slot_offsets] = kv
+
+
+def rotary_store_kv(
+    qkv: Tensor,
+    cos: Tensor,
+    signed_sin: Tensor,
+    cache: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+    head_norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+    delta: LoraDelta | None = None,
+) -> None:
+    """Semantics: lora_expand(qkv, delta); rms_norm of each head of q and k; rotary of q and k; store_kv.
+
+    qkv [num_tokens, (num_heads + 2 · num_kv_heads) · head_dim], whose queries are changed in place and whose keys and
+    values may be; cache: one layer, [num_blocks, 2, num_kv_heads, block_size, head_dim]; head_norms: the weights
+    [head_dim] of queries and keys. cos and signed_sin as in rotary; slot_mapping int64 [num_tokens]: block id times
+    block_size plus offset, no slot twice.
+    """
+    num_tokens, num_kv_heads, head_dim = qkv.shape[0], cache.shape[2], cache.shape[4]
+    if delta is not None:
+        _expand(qkv, delta)
+    heads = qkv.view(num_tokens, -1, head_dim)
+    q, k = heads[:, :num_heads], heads[:, num_heads:-num_kv_heads]
+    if head_norms is not None:
+        q.copy_(rms_norm(q, head_norms[0], eps))
+        k.copy_(rms_norm(k, head_norms[1], eps))
+    rotary(heads[:, :-num_kv_heads], cos, signed_sin)
+    kv = heads[:, num_heads:].view(num_tokens, 2, num_kv_heads, head_dim)
+    store_kv(kv, cache, slot_mapping // cache.shape[3], slot_mapping % cache.shape[3])
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """Semantics: the first of each row's largest values; -1 for a row of only -infinity, or with a NaN or +infinity.
+
+    logits [num_rows, vocab_size] -> int64 [num_rows].
+    """
+    best = logits.max(dim=-1).values  # a NaN is its row's maximum
+    return logits.argmax(dim=-1).masked_fill_(~best.isfinite(), -1)
+
+
+def _expand(y: Tensor, delta: LoraDelta) -> None:
+    assert isinstance(delta.segments, Segments)
+    lora_expand(y, delta.s, delta.chunks, delta.site, delta.segments)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,12 +32,13 @@ class Adapter:
     num_sequences: int = 0  # unfinished sequences bound to it
     num_running: int = 0  # those of them whose steps need it on the device
     chunk_ids: tuple[int, ...] = ()  # empty: not on the device
+    arriving: bool = False  # its copy to chunk_ids is not done
     in_host: bool = False
 
     @property
     def idle(self) -> bool:
         """Whether its chunks may go to another adapter."""
-        return bool(self.chunk_ids) and not self.num_running and not self.pinned
+        return bool(self.chunk_ids) and not self.num_running and not self.pinned and not self.arriving
 
     def info(self) -> AdapterInfo:
         """As gateways see it."""
@@ -226,6 +227,7 @@ class AdapterCache:
     def _leave_device(self, adapter: Adapter) -> None:
         self._free_chunks.extend(adapter.chunk_ids)
         adapter.chunk_ids = ()
+        adapter.arriving = False
         self._device.pop(adapter.generation, None)
 
     # ---------------------------------------------------------------------------------------------------- host

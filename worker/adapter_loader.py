@@ -50,11 +50,16 @@ class AdapterLoader:
         store_dir: Path,
         roots: Sequence[Path] = (),
         hub_allow: Sequence[str] = (),
+        pin_memory: bool = False,
     ) -> None:
-        """roots and hub_allow (patterns of hub ids) say what a source that is not trusted may name."""
+        """roots and hub_allow (patterns of hub ids) say what a source that is not trusted may name.
+
+        pin_memory: see pack_adapter.
+        """
         self._layout = model.chunk_layout()
         self._dtype = dtype
         self._limits = limits
+        self._pin_memory = pin_memory
         self._store = AdapterStore(store_dir)
         self._sources = AdapterSources(roots, hub_allow)
         # A file larger than all its tensors could be is refused before it is read.
@@ -73,7 +78,7 @@ class AdapterLoader:
         targets = find_targets(config, self._layout.num_layers)
         self._check_limits(targets)
         weights = read_weights(directory, targets, self._layout, self._dtype)
-        return pack_adapter(self._layout, weights, self._dtype, digest)
+        return pack_adapter(self._layout, weights, self._dtype, digest, self._pin_memory)
 
     def _check_limits(self, targets: dict[Place, Target]) -> None:
         rank = max(target.rank for target in targets.values())

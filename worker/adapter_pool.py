@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from worker.adapter_weights import PackedAdapter
-from worker.chunk_layout import ChunkLayout
+from worker.chunk_layout import MODULES, ChunkLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +24,43 @@ class AdapterPool:
     def __init__(self, layout: ChunkLayout, num_chunks: int, dtype: torch.dtype, device: torch.device) -> None:
         self.layout = layout
         self.chunks = torch.zeros(num_chunks, layout.chunk_size, dtype=dtype, device=device)
+        # float32 [num_chunks, num_layers, len(MODULES)]: an adapter's scales, at its first chunk's place
+        self.scales = torch.zeros(num_chunks, layout.num_layers, len(MODULES), device=device)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._arriving: dict[int, torch.cuda.Event] = {}  # by generation: recorded behind its copy
         self._residents: dict[int, ResidentAdapter] = {}
         self._owners: dict[int, int] = {}  # chunk id → generation
 
     def upload(self, generation: int, packed: PackedAdapter, chunk_ids: Sequence[int]) -> None:
-        """Copy an adapter into the given free chunks, which become its own until remove."""
+        """Copy an adapter into the given free chunks, which become its own until remove.
+
+        On a GPU the copy only begins here, and steps go on beside it if the adapter's memory is pinned; no step may
+        use the adapter before is_ready.
+        """
         assert generation not in self._residents
         assert len(chunk_ids) == len(packed.chunks) == len(set(chunk_ids))
         assert not self._owners.keys() & set(chunk_ids), "a chunk belongs to another adapter"
-        for chunk_id, chunk in zip(chunk_ids, packed.chunks, strict=True):
-            self.chunks[chunk_id].copy_(chunk)
+        if self._copies is not None:
+            self._copies.wait_stream(torch.cuda.current_stream())  # a step at work may read what stood there before
+        with torch.cuda.stream(self._copies):  # None: no stream
+            for chunk_id, chunk in zip(chunk_ids, packed.chunks, strict=True):
+                self.chunks[chunk_id].copy_(chunk, non_blocking=True)
+            scales = self.scales[chunk_ids[0]].copy_(packed.scales, non_blocking=True)
+        if self._copies is not None:
+            self._arriving[generation] = self._copies.record_event()
         self._owners.update(dict.fromkeys(chunk_ids, generation))
-        self._residents[generation] = ResidentAdapter(tuple(chunk_ids), packed.scales.to(self.chunks.device))
+        self._residents[generation] = ResidentAdapter(tuple(chunk_ids), scales)
+
+    def is_ready(self, generation: int) -> bool:
+        """Whether an uploaded adapter's copy is done. Never waits."""
+        event = self._arriving.get(generation)
+        if event is not None and event.query():
+            del self._arriving[generation]
+        return generation not in self._arriving
 
     def remove(self, generation: int) -> None:
-        """Forget an adapter; its chunks may be given to another."""
+        """Forget an adapter; its chunks may be given to another, whose copy follows this one's."""
+        self._arriving.pop(generation, None)
         for chunk_id in self._residents.pop(generation).chunk_ids:
             del self._owners[chunk_id]
 

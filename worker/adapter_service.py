@@ -122,6 +122,8 @@ class AdapterService:
                 return Admission.LOADING
             if not self._upload(adapter, packed):
                 return Admission.LOADING
+        if self._is_arriving(adapter):
+            return Admission.LOADING
         self.cache.hold(adapter)
         self.cache.touch(adapter)
         return Admission.GRANTED
@@ -155,9 +157,15 @@ class AdapterService:
             error = Error(ErrorCode.INTERNAL, "the adapter could not be copied to the device")
             self._failures.append(Failure(adapter.generation, error, waiting_only=True))
             return False
+        adapter.arriving = True
         self._uploaded.add(adapter.generation)
         self.num_uploads += 1
         return True
+
+    def _is_arriving(self, adapter: Adapter) -> bool:
+        if adapter.arriving and self._pool.is_ready(adapter.generation):
+            adapter.arriving = False
+        return adapter.arriving
 
     def _remove_from_pool(self, adapter: Adapter) -> None:
         if adapter.generation in self._uploaded:
@@ -290,7 +298,11 @@ class AdapterService:
             self._failures.append(Failure(adapter.generation, error, waiting_only=False))
 
     def expire(self) -> None:
-        """Answers unloads that have waited long enough; their streams go on."""
+        """Takes note of copies that are done, and answers unloads that have waited long enough; their streams go on."""
+        for generation in self._uploaded:
+            adapter = self.cache.get(generation)
+            assert adapter is not None
+            self._is_arriving(adapter)
         now = self._clock()
         for generation, waiters in list(self._unloads.items()):
             due = [waiter for waiter in waiters if waiter.deadline_s <= now]

@@ -41,14 +41,19 @@ class PackedAdapter:
 
 
 def pack_adapter(
-    layout: ChunkLayout, weights: Mapping[tuple[int, str], LoraWeight], dtype: torch.dtype, digest: str
+    layout: ChunkLayout,
+    weights: Mapping[tuple[int, str], LoraWeight],
+    dtype: torch.dtype,
+    digest: str,
+    pin_memory: bool = False,
 ) -> PackedAdapter:
     """Lay weights, by (layer, module), into as many chunks as the largest rank takes; what is absent is zero.
 
+    pin_memory: into memory from which a GPU copies at full speed, beside everything else.
     Ranks may differ between modules. Shapes must fit the layout: the loader has checked them.
     """
     rank = max(weight.rank for weight in weights.values())
-    chunks = torch.zeros(layout.num_chunks(rank), layout.chunk_size, dtype=dtype)
+    chunks = torch.zeros(layout.num_chunks(rank), layout.chunk_size, dtype=dtype, pin_memory=pin_memory)
     scales = torch.zeros(layout.num_layers, len(MODULES), dtype=torch.float32)
     for (layer, module), weight in weights.items():
         scales[layer, MODULES.index(module)] = weight.scale

@@ -8,8 +8,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from protocol.messages import ModelCard
 from worker.adapter_cache import AdapterCache
 from worker.adapter_loader import AdapterLimits, AdapterLoader
@@ -17,11 +15,13 @@ from worker.adapter_pool import AdapterPool
 from worker.adapter_service import AdapterService
 from worker.background import Background
 from worker.block_manager import BlockManager
-from worker.config import WorkerConfig
-from worker.engine import Engine
+from worker.chunk_layout import ChunkLayout
+from worker.config import ConfigError, WorkerConfig
+from worker.device import Target, find_target
+from worker.engine import Engine, Runner
 from worker.kv_cache import KVCache
 from worker.mailbox import Message, Outbox, Stop
-from worker.memory import MIB, MemoryPlan, MemoryShortage, available_bytes, plan_memory
+from worker.memory import MIB, MemoryPlan, MemoryShortage, plan_memory
 from worker.model_config import ModelConfig, ModelError
 from worker.model_files import fingerprint, read_tokenizer_files
 from worker.model_runner import ModelRunner
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 NUM_LOAD_THREADS = 4  # for adapter commands, which may wait for a download
 NUM_RELOAD_THREADS = 2  # for adapters that requests wait for
 
+MAX_GPU_CHUNKS = 16  # of one adapter on a GPU, rank 256, where --max-lora-rank does not say otherwise
+
 Inbox = queue.SimpleQueue[Message]
 
 
@@ -52,8 +54,7 @@ class Base:
     directory: Path
     decoder: Decoder
     config: ModelConfig
-    dtype: torch.dtype
-    device: torch.device
+    target: Target
     plan: MemoryPlan
     card: ModelCard
 
@@ -66,11 +67,11 @@ class Worker:
         try:
             base = _load_base(config)
             self._store = PrivateStore(default_cache_dir())
-        except (ModelNotFound, ModelError, MemoryShortage, OSError) as error:
+        except (ConfigError, ModelNotFound, ModelError, MemoryShortage, OSError) as error:
             raise BootError(str(error)) from None
         self._inbox: Inbox = queue.SimpleQueue()
         outbox = Outbox()
-        pool = AdapterPool(base.config.chunk_layout(), base.plan.num_chunks, base.dtype, base.device)
+        pool = AdapterPool(base.config.chunk_layout(), base.plan.num_chunks, base.target.dtype, base.target.device)
         adapters = _make_adapters(config, base, pool, self._inbox, outbox, self._store.directory)
         self._server = Server(
             config.listen_on,
@@ -107,11 +108,10 @@ class Worker:
 
 
 def _load_base(config: WorkerConfig) -> Base:
-    device = torch.device("cpu")
-    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    target = find_target(config)
     directory = resolve_model(config.model_path)
-    decoder, model_config = load_model(directory, dtype, device, _Progress())
-    plan = _plan(config, model_config, dtype)
+    decoder, model_config = load_model(directory, target.dtype, target.device, _Progress(), target.ops)
+    plan = _plan(config, model_config, target)
     card = ModelCard(
         names=list(config.served_model_name or [_default_name(config.model_path)]),
         digest=fingerprint(directory),
@@ -121,24 +121,26 @@ def _load_base(config: WorkerConfig) -> Base:
         eos_token_ids=list(model_config.eos_token_ids),
         lora_enabled=config.lora_enabled,
     )
-    return Base(directory, decoder, model_config, dtype, device, plan, card)
+    return Base(directory, decoder, model_config, target, plan, card)
 
 
-def _plan(config: WorkerConfig, model: ModelConfig, dtype: torch.dtype) -> MemoryPlan:
+def _plan(config: WorkerConfig, model: ModelConfig, target: Target) -> MemoryPlan:
     """The sizes of KV cache and adapter pool, said in the log as the operator thinks of them."""
-    available = available_bytes()
-    block_bytes = KVCache.block_bytes(config.block_size, model.num_layers, model.num_kv_heads, model.head_dim, dtype)
+    available, block_size, dtype = target.available_bytes(), target.block_size, target.dtype
+    block_bytes = KVCache.block_bytes(block_size, model.num_layers, model.num_kv_heads, model.head_dim, dtype)
     chunk_bytes = model.chunk_layout().chunk_size * dtype.itemsize
     plan = plan_memory(
         config,
         max_positions=model.max_position_embeddings,
+        block_size=block_size,
         block_bytes=block_bytes,
         chunk_bytes=chunk_bytes,
         available_bytes=available,
+        takes_all=target.device.type == "cuda",
     )
     log.info(
         "KV cache: %d tokens in %d blocks, %d MiB; adapter pool: %d chunks of rank 16, %d MiB; %d MiB were free",
-        plan.num_blocks * config.block_size,
+        plan.num_blocks * block_size,
         plan.num_blocks,
         plan.num_blocks * block_bytes // MIB,
         plan.num_chunks,
@@ -153,11 +155,14 @@ def _make_adapters(
     config: WorkerConfig, base: Base, pool: AdapterPool, inbox: Inbox, outbox: Outbox, store_dir: Path
 ) -> AdapterService:
     limits = AdapterLimits(
-        max_chunks=max(1, base.plan.num_chunks),
+        max_chunks=_max_chunks(config, base),
         max_lora_rank=config.max_lora_rank,
         target_modules=config.target_modules,
     )
-    roots = [Path(root) for root in config.adapter_root]
+    roots, target = [Path(root) for root in config.adapter_root], base.target
+    loader = AdapterLoader(
+        base.config, target.dtype, limits, store_dir, roots, config.hub_allow, target.device.type == "cuda"
+    )
     return AdapterService(
         AdapterCache(
             num_chunks=base.plan.num_chunks,
@@ -166,7 +171,7 @@ def _make_adapters(
             policy=config.lora_eviction_policy,
         ),
         pool,
-        AdapterLoader(base.config, base.dtype, limits, store_dir, roots, config.hub_allow),
+        loader,
         outbox,
         Background("adapter-load", NUM_LOAD_THREADS, inbox),
         Background("adapter-reload", NUM_RELOAD_THREADS, inbox),
@@ -184,17 +189,7 @@ def _make_engine(
     outbox: Outbox,
     server: Server,
 ) -> Engine:
-    model = base.config
-    kv_cache = KVCache(
-        base.plan.num_blocks,
-        config.block_size,
-        model.num_layers,
-        model.num_kv_heads,
-        model.head_dim,
-        base.dtype,
-        base.device,
-    )
-    blocks = BlockManager(base.plan.num_blocks, config.block_size)
+    blocks = BlockManager(base.plan.num_blocks, base.target.block_size)
     scheduler = Scheduler(
         blocks,
         adapters,
@@ -203,10 +198,9 @@ def _make_engine(
         max_adapters=config.max_loras_per_batch,
         max_overtake_s=config.lora_drain_wait_threshold,
     )
-    runner = ModelRunner(base.decoder, model, kv_cache, pool if config.lora_enabled else None)
     return Engine(
         base.card,
-        runner,
+        _make_runner(config, base, pool if config.lora_enabled else None),
         scheduler,
         blocks,
         adapters,
@@ -215,6 +209,46 @@ def _make_engine(
         server.post,
         max_loras_per_batch=config.max_loras_per_batch,
     )
+
+
+def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None) -> Runner:
+    model, target = base.config, base.target
+    kv_cache = KVCache(
+        base.plan.num_blocks,
+        target.block_size,
+        model.num_layers,
+        model.num_kv_heads,
+        model.head_dim,
+        target.dtype,
+        target.device,
+    )
+    if not target.uses_triton:
+        return ModelRunner(base.decoder, model, kv_cache, pool)
+    # Imported here, so that a CPU server never loads Triton.
+    from worker.decode_graphs import DecodeGraphs
+    from worker.triton_runner import TritonRunner
+
+    max_chunks = _max_chunks(config, base)
+    graphs = DecodeGraphs(
+        base.decoder,
+        model,
+        kv_cache,
+        pool,
+        max_rows=min(config.cuda_graph_max_bs, config.max_running_requests),
+        max_chunks=max_chunks,
+        max_model_len=base.plan.max_model_len,
+    )
+    runner = TritonRunner(base.decoder, model, kv_cache, pool, max_chunks=max_chunks, graphs=graphs)
+    runner.warm_up(config.chunked_prefill_size)
+    return runner
+
+
+def _max_chunks(config: WorkerConfig, base: Base) -> int:
+    """Of one adapter. The kernels' buffers are laid out for it, so a large pool alone does not raise it."""
+    most = max(1, base.plan.num_chunks)
+    if config.max_lora_rank is not None:
+        return min(most, ChunkLayout.num_chunks(config.max_lora_rank))
+    return min(most, MAX_GPU_CHUNKS) if base.target.uses_triton else most
 
 
 def _load_adapters(config: WorkerConfig, adapters: AdapterService) -> None:

@@ -88,7 +88,12 @@ class WorkerConfig:
         type=int,
         default_text="four for each of --max-loras-per-batch, as far as memory allows",
     )
-    lora_backend: str = _setting("torch", "what computes LoRA; triton needs a GPU", choices=("torch", "triton"))
+    lora_backend: str = _setting(
+        "auto",
+        "what computes LoRA and the ops around it: kernels in Triton, which need a GPU, or their twins in torch, which"
+        " are slow there; auto is triton on a GPU",
+        choices=("auto", "torch", "triton"),
+    )
     max_lora_rank: int | None = _setting(
         None, "largest rank that is accepted", type=int, default_text="what the adapter pool holds"
     )
@@ -103,9 +108,13 @@ class WorkerConfig:
     )
     tp_size: int = _setting(1, "devices that share one model; only 1 so far")
     dtype: str = _setting(
-        "auto", "type of weights and KV; auto is float32 on the CPU", choices=("auto", "float32", "bfloat16", "float16")
+        "auto",
+        "type of weights and KV; auto is bfloat16 on a GPU and float32 on the CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
-    device: str = _setting("auto", "where the model runs; auto is the CPU so far", choices=("auto", "cpu", "cuda"))
+    device: str = _setting(
+        "auto", "where the model runs; auto is the GPU if there is one", choices=("auto", "cpu", "cuda")
+    )
     max_running_requests: int = _setting(32, "sequences in one step; others wait")
     max_queued_requests: int = _setting(2048, "unfinished sequences that one gateway may have; beyond it 429")
     chunked_prefill_size: int = _setting(512, "prompt tokens in one step, which running answers do not count in")
@@ -113,12 +122,18 @@ class WorkerConfig:
         256, "sequences in the largest step that is captured as a CUDA graph; without a GPU there are none"
     )
     mem_fraction: float = _setting(0.5, "share of the memory free after the model is loaded that KV and adapters take")
-    block_size: int = _setting(16, "tokens in a KV block; what is shared between prompts is whole blocks")
+    block_size: int | None = _setting(
+        None,
+        "tokens in a KV block; what is shared between prompts is whole blocks",
+        type=int,
+        default_text="64 on a GPU, 16 on the CPU",
+    )
     num_kv_blocks: int | None = _setting(
         None,
         "KV blocks, in place of what --mem-fraction gives",
         type=int,
-        default_text="512 tokens for each of --max-running-requests, at least one full context, as memory allows",
+        default_text="as memory allows, a full context for each of --max-running-requests on a GPU, 512 tokens for each"
+        " on the CPU, and at least one full context",
     )
     context_length: int | None = _setting(
         None, "longest prompt and answer together, tokens", type=int, default_text="the model's, as far as KV holds it"
@@ -186,10 +201,8 @@ def _check_numbers(config: WorkerConfig) -> None:
 def _check_what_is_not_there_yet(config: WorkerConfig) -> None:
     if config.tp_size != 1:
         raise ConfigError("--tp-size: this version runs on one device; only 1 is possible")
-    if config.device == "cuda":
-        raise ConfigError("--device cuda: this version runs on the CPU only")
-    if config.lora_backend == "triton":
-        raise ConfigError("--lora-backend triton needs a GPU, and this version runs on the CPU only; use torch")
+    if config.device == "cpu" and config.lora_backend == "triton":
+        raise ConfigError("--lora-backend triton needs a GPU; with --device cpu use torch")
 
 
 def _check_adapters(config: WorkerConfig) -> None:

@@ -38,4 +38,4 @@ class ModelRunner:
             return []
         if model_input.sample_rows is not None:
             hidden = hidden[model_input.sample_rows]
-        return self._sampler.sample(self.model.logits(hidden), sampled)
+        return self._sampler.sample(self.model.logits(hidden).float(), sampled)

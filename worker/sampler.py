@@ -31,6 +31,19 @@ def _splitmix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def is_plain_greedy(sequence: Sequence) -> bool:
+    """Whether the sequence's next token is simply the best, and nothing else is asked for."""
+    params = sequence.sampling
+    return (
+        params.temperature == 0
+        and params.logprobs is None
+        and not params.logit_bias
+        and params.repetition_penalty == 1.0
+        and not (params.presence_penalty or params.frequency_penalty)
+        and sequence.num_output_tokens >= params.min_tokens
+    )
+
+
 class Sampler:
     """Chooses tokens. Work that no row of a batch asks for is not done."""
 

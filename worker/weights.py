@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from worker.layers.ops import TORCH, Ops
 from worker.model_config import ModelConfig, ModelError
 from worker.models.decoder import Decoder
 
@@ -29,7 +30,7 @@ class WeightReader:
     def __init__(self, model_dir: Path, dtype: torch.dtype, device: torch.device, progress: Progress) -> None:
         self.dtype = dtype
         self.device = device
-        self._files = _open_files(model_dir)
+        self._files = _open_files(model_dir, device)
         self._file_of = _file_of_tensors(model_dir, self._files)
         self._taken: set[str] = set()
         self._progress = progress
@@ -77,8 +78,8 @@ class WeightReader:
         return tensor
 
 
-def _open_files(model_dir: Path) -> dict[str, TensorFile]:
-    """The checkpoint's open files by name: those of the index, or else model.safetensors."""
+def _open_files(model_dir: Path, device: torch.device) -> dict[str, TensorFile]:
+    """The checkpoint's files by name, opened for the device: those of the index, or else model.safetensors."""
     names = ["model.safetensors"]
     index = model_dir / INDEX
     if index.exists():
@@ -91,7 +92,7 @@ def _open_files(model_dir: Path) -> dict[str, TensorFile]:
         if Path(name).name != name or not (model_dir / name).is_file():
             raise ModelError(f"the model directory has no file {name}")
         try:
-            files[name] = safe_open(model_dir / name, framework="pt")
+            files[name] = safe_open(model_dir / name, framework="pt", device=str(device))
         except SafetensorError as error:
             raise ModelError(f"{name} is not a valid safetensors file: {error}") from None
     return files
@@ -108,11 +109,15 @@ def _file_of_tensors(model_dir: Path, files: dict[str, TensorFile]) -> dict[str,
 
 
 def load_model(
-    model_dir: Path, dtype: torch.dtype, device: torch.device, progress: Progress = lambda done, total: None
+    model_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress = lambda done, total: None,
+    ops: Ops = TORCH,
 ) -> tuple[Decoder, ModelConfig]:
     """The model of a directory with config.json and safetensors. Raises ModelError naming the key or tensor."""
     config = ModelConfig.read(model_dir)
     reader = WeightReader(model_dir, dtype, device, progress)
-    model = Decoder(config, reader)
+    model = Decoder(config, reader, ops)
     reader.check_all_taken()
     return model, config

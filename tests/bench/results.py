@@ -7,10 +7,15 @@ import subprocess
 from pathlib import Path
 
 
-def append_csv(path: Path, machine_name: str, benchmark: str, metrics: dict[str, float]) -> None:
-    """Appends date, commit, machine, benchmark, metric, value; writes the header first where there is none."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    head = [datetime.date.today().isoformat(), git.stdout.strip(), machine_name, benchmark]
+def append_csv(path: Path, machine_name: str, benchmark: str, metrics: dict[str, float], commit: str = "") -> None:
+    """Appends date, commit, machine, benchmark, metric, value; writes the header first where there is none.
+
+    commit: git's HEAD unless given, as it must be where there is no repository.
+    """
+    if not commit:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip()
+    head = [datetime.date.today().isoformat(), commit, machine_name, benchmark]
     is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,9 @@ from worker.model_runner import ModelRunner
 from worker.sequence import Sample, ScheduledSequence, Sequence
 from worker.weights import load_model
 
+if TYPE_CHECKING:
+    from worker.triton_runner import TritonRunner
+
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, logprobs=5)
 
@@ -20,7 +24,7 @@ GREEDY = SamplingParams(max_tokens=64, temperature=0.0, logprobs=5)
 class Driver:
     """A runner and the blocks that its sequences have not taken yet."""
 
-    runner: ModelRunner
+    runner: "ModelRunner | TritonRunner"
     free: list[int]
     samples: dict[int, list[Sample]] = field(default_factory=dict)
     num_made: int = 0

@@ -95,6 +95,7 @@ class FakePool:
         self.contents: dict[int, str] = {}
         self.chunks: dict[int, int] = {}
         self.broken = False
+        self.slow = False  # copies do not arrive
 
     def upload(self, generation: int, packed: FakePacked, chunk_ids: tuple[int, ...]) -> None:
         if self.broken:
@@ -103,6 +104,9 @@ class FakePool:
         assert not self.chunks.keys() & set(chunk_ids)
         self.contents[generation] = packed.digest
         self.chunks |= dict.fromkeys(chunk_ids, generation)
+
+    def is_ready(self, generation: int) -> bool:
+        return generation in self.contents and not self.slow
 
     def remove(self, generation: int) -> None:
         del self.contents[generation]

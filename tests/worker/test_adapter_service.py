@@ -314,3 +314,24 @@ def test_a_replaced_pinned_adapter_frees_its_chunks_before_the_next_takes_them()
     settle(harness)
     assert code(harness, 2) is None or code(harness, 2) is ErrorCode.ADAPTER_LIMIT
     harness.check()
+
+
+def test_a_copy_that_is_not_done_holds_up_its_own_sequences_alone() -> None:
+    harness = Harness(num_chunks=1)
+    load(harness, 1, "a", "x")
+    load(harness, 2, "b", "y")
+    settle(harness)
+    harness.pool.slow = True
+    start(harness, 3, 1, max_tokens=2)
+    start(harness, 4, 0, max_tokens=2)
+    for _ in range(4):
+        harness.engine.step()
+        harness.check()
+    assert harness.tokens(4) == answer([4], 2, "")
+    assert harness.tokens(3) == []
+    start(harness, 5, 2, max_tokens=2)
+    harness.engine.step()
+    assert harness.pool.contents == {1: "x"}, "what is on its way is not pushed out"
+    harness.pool.slow = False
+    harness.drain()
+    assert harness.tokens(3) == answer([3], 2, "x") and harness.tokens(5) == answer([5], 2, "y")

@@ -43,12 +43,12 @@ def write_adapter(directory: Path, seed: int, rank: int = 4) -> Path:
 class Process:
     """`python -m worker`, and what it says."""
 
-    def __init__(self, root: Path, *arguments: str) -> None:
+    def __init__(self, root: Path, *arguments: str, device: str = "cpu") -> None:
         self.endpoint = f"ipc://{root}/run/worker.sock"
         self.log = root / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "worker", "--endpoint", self.endpoint, *arguments],
+                [sys.executable, "-m", "worker", "--endpoint", self.endpoint, "--device", device, *arguments],
                 env=os.environ | {"XDG_CACHE_HOME": str(root / "cache"), "OMP_NUM_THREADS": "1"},
                 stderr=log,
             )
@@ -190,7 +190,7 @@ def test_a_start_that_fails_says_why_in_one_line(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     try:
-        found = main(["--model-path", str(model_dir), "--log-level", "error", *arguments])
+        found = main(["--model-path", str(model_dir), "--device", "cpu", "--log-level", "error", *arguments])
     except SystemExit as end:
         found = end.code
     assert found == code

@@ -65,8 +65,7 @@ def test_repeatable_flags() -> None:
     ("arguments", "word"),
     [
         (["--tp-size", "2"], "--tp-size"),
-        (["--device", "cuda"], "CPU"),
-        (["--lora-backend", "triton"], "GPU"),
+        (["--device", "cpu", "--lora-backend", "triton"], "GPU"),
         (["--endpoint", "tcp://0.0.0.0:1"], "CURVE"),
         (["--endpoint", "ipc://@x"], "absolute"),
         (["--max-loaded-loras", "4"], "--max-loras-per-batch"),

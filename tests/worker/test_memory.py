@@ -8,16 +8,30 @@ from worker.config import WorkerConfig
 from worker.memory import MemoryPlan, MemoryShortage, available_bytes, plan_memory
 
 
-def plan(free: int = 1_000_000, max_positions: int = 2048, **settings: Any) -> MemoryPlan:
+def plan(free: int = 1_000_000, max_positions: int = 2048, takes_all: bool = False, **settings: Any) -> MemoryPlan:
     """A block is 1000 bytes, a chunk 2000."""
     config = WorkerConfig(**{"mem_fraction": 1.0, **settings})
-    return plan_memory(config, max_positions=max_positions, block_bytes=1000, chunk_bytes=2000, available_bytes=free)
+    return plan_memory(
+        config,
+        max_positions=max_positions,
+        block_size=config.block_size or 16,
+        block_bytes=1000,
+        chunk_bytes=2000,
+        available_bytes=free,
+        takes_all=takes_all,
+    )
 
 
 def test_enough_memory_gives_each_sequence_its_tokens_and_adapters_their_pool() -> None:
     assert plan(max_running_requests=4) == MemoryPlan(128, 0, 2048)
     assert plan(max_running_requests=1) == MemoryPlan(128, 0, 2048), "one whole context at least"
     assert plan(max_running_requests=8, enable_lora=True) == MemoryPlan(256, 32, 2048)
+
+
+def test_kv_may_take_all_that_is_left() -> None:
+    assert plan(max_running_requests=4, takes_all=True) == MemoryPlan(512, 0, 2048)
+    assert plan(max_running_requests=32, takes_all=True) == MemoryPlan(1000, 0, 2048)
+    assert plan(num_kv_blocks=9, takes_all=True) == MemoryPlan(9, 0, 144)
 
 
 def test_little_memory_shrinks_both_and_the_context_with_them() -> None:

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import LoraSite, lora_expand, lora_shrink
+from kernels import LoraDelta, LoraSite
+from worker.layers.ops import Ops
 from worker.layers.step import Lora
 
 # On a CPU torch hands x · Wᵀ to a kernel that is fast for 1 to 3 rows, slow for some more and good again for many;
@@ -24,16 +25,45 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear:
-    """y = x · Wᵀ + bias, plus scale · (x · Aᵀ) · Bᵀ for the rows that have an adapter."""
+    """y = x · Wᵀ + bias, plus scale · (x · Aᵀ) · Bᵀ for the rows that have an adapter.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, site: LoraSite) -> None:
+    Wherever lora is None, no row of the step has an adapter.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, site: LoraSite, ops: Ops) -> None:
         self.weight = weight  # [out, in]
         self.bias = bias  # [out]
         self.site = site
+        self._ops = ops
 
-    def __call__(self, x: Tensor, lora: Lora | None) -> Tensor:
-        """x [num_tokens, in] -> [num_tokens, out]. lora is None when no row of the step has an adapter."""
-        y = linear(x, self.weight, self.bias)
-        if lora is not None:
-            lora_expand(y, lora_shrink(x, lora.chunks, self.site, lora.segments), lora.chunks, self.site, lora.segments)
-        return y
+    def with_delta(self, x: Tensor, lora: Lora | None) -> tuple[Tensor, LoraDelta | None]:
+        """x [num_tokens, in] -> the base GEMM [num_tokens, out], and what the next op has to add to it."""
+        if lora is None:
+            return self._base(x), None
+        if lora.side is None:
+            y, s = self._base(x), self._shrink(x, lora)
+        else:
+            y, s = lora.side.run(lambda: self._base(x), lambda: self._shrink(x, lora))
+        return y, LoraDelta(s, lora.chunks, self.site, lora.segments)
+
+    def __call__(self, x: Tensor, residual: Tensor, lora: Lora | None) -> Tensor:
+        """x [num_tokens, in] -> [num_tokens, out], which the next op adds to the residual.
+
+        Beside the GEMM the adapters' share cannot go into y: then it goes into the residual already.
+        """
+        if lora is None:
+            return self._base(x)
+        if lora.side is None:
+            y = self._base(x)
+            self._expand(y, x, lora)
+            return y
+        return lora.side.run(lambda: self._base(x), lambda: self._expand(residual, x, lora))[0]
+
+    def _base(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+    def _shrink(self, x: Tensor, lora: Lora) -> Tensor:
+        return self._ops.lora_shrink(x, lora.chunks, self.site, lora.segments)
+
+    def _expand(self, y: Tensor, x: Tensor, lora: Lora) -> None:
+        self._ops.lora_expand(y, self._shrink(x, lora), lora.chunks, self.site, lora.segments)

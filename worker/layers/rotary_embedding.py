@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from worker.model_config import Rope
@@ -28,14 +29,24 @@ def _llama3(frequencies: Tensor, rope: Rope) -> Tensor:
 
 
 class RotaryEmbedding:
-    """Cosines and sines for kernels.rotary, computed once a step."""
+    """Cosines and sines for rotary_store_kv, once a step: computed on a CPU, looked up on a GPU in one launch."""
 
-    def __init__(self, rope: Rope, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, rope: Rope, head_dim: int, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.frequencies = inverse_frequencies(rope, head_dim).to(device)
+        self._table: Tensor | None = None  # [max_positions, 2 · head_dim]: cosines, signed sines
+        if device.type == "cuda":
+            cos, signed_sin = self._compute(torch.arange(max_positions, device=device))
+            self._table = torch.cat((cos, signed_sin), dim=-1)[:, 0]
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions int64 [num_tokens] -> cos and signed sin, each [num_tokens, 1, head_dim]."""
+        """positions int64 [num_tokens] -> cos and signed sin, each [num_tokens, 1, head_dim], of equal strides."""
+        if self._table is None:
+            return self._compute(positions)
+        cos, signed_sin = F.embedding(positions, self._table)[:, None].chunk(2, dim=-1)
+        return cos, signed_sin
+
+    def _compute(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = positions[:, None].float() * self.frequencies
         cos, sin = angles.cos(), angles.sin()
         return (

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kernels import AttentionPlan, Segments
+from kernels import AttentionPlan, PagedPlan, Segments, WorkList
+from worker.layers.side_stream import SideStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +13,8 @@ class Lora:
     """The adapters of a step."""
 
     chunks: Tensor  # the pool, [num_chunks, chunk_size]
-    segments: Segments
+    segments: Segments | WorkList  # for the torch twins, for the Triton kernels
+    side: SideStream | None = None  # None: the adapters' share is computed behind the base GEMM, not beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +22,7 @@ class Step:
     """A step of num_tokens rows: tokens of several sequences, a sequence's tokens one after the other."""
 
     positions: Tensor  # int64 [num_tokens]
-    slot_blocks: Tensor  # int64 [num_tokens]: the block where the token's KV goes
-    slot_offsets: Tensor  # int64 [num_tokens]: its place in the block
-    attention: AttentionPlan
+    slot_mapping: Tensor  # int64 [num_tokens]: where the token's KV goes, a slot counted through all blocks
+    attention: AttentionPlan | PagedPlan  # for the torch twins, for the Triton kernels
     kv_layers: tuple[Tensor, ...]  # of the KV cache, each [num_blocks, 2, num_kv_heads, block_size, head_dim]
     lora: Lora | None  # None: no row has an adapter, and nothing of LoRA runs

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import LoraSite, add_rms_norm, paged_attention, rms_norm, rotary, silu_and_mul, store_kv
+from kernels import LoraSite
 from worker.chunk_layout import CHUNK_RANK, MODULES, ChunkLayout
 from worker.layers.linear import Linear, linear
+from worker.layers.ops import TORCH, Ops
 from worker.layers.rotary_embedding import RotaryEmbedding
 from worker.layers.step import Step
 from worker.model_config import ModelConfig, ModelError
@@ -28,75 +29,82 @@ class Weights(Protocol):
 class Attention:
     """Grouped-query attention over the paged KV cache, with rotary positions."""
 
-    def __init__(self, config: ModelConfig, layer: int, weights: Weights, layout: ChunkLayout) -> None:
+    def __init__(self, config: ModelConfig, layer: int, weights: Weights, layout: ChunkLayout, ops: Ops) -> None:
         self.layer = layer
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.num_heads, self.head_dim, self.q_size = config.num_heads, config.head_dim, config.q_size
         self.eps = config.rms_norm_eps
+        self._ops = ops
         prefix = f"model.layers.{layer}.self_attn."
         outs = (config.q_size, config.kv_size, config.kv_size)
-        self.qkv_proj = _linear(weights, layout, prefix, layer, "qkv_proj", outs, config.qkv_bias)
-        self.o_proj = _linear(weights, layout, prefix, layer, "o_proj", (config.hidden_size,), config.o_bias)
-        self.q_norm = weights.take(f"{prefix}q_norm.weight", config.head_dim) if config.qk_norm else None
-        self.k_norm = weights.take(f"{prefix}k_norm.weight", config.head_dim) if config.qk_norm else None
+        self.qkv_proj = _linear(weights, layout, ops, prefix, layer, "qkv_proj", outs, config.qkv_bias)
+        self.o_proj = _linear(weights, layout, ops, prefix, layer, "o_proj", (config.hidden_size,), config.o_bias)
+        self.head_norms: tuple[Tensor, Tensor] | None = None  # weights of queries and keys
+        if config.qk_norm:
+            q_norm = weights.take(f"{prefix}q_norm.weight", config.head_dim)
+            self.head_norms = (q_norm, weights.take(f"{prefix}k_norm.weight", config.head_dim))
 
-    def __call__(self, x: Tensor, cos: Tensor, signed_sin: Tensor, step: Step) -> Tensor:
-        """x [num_tokens, hidden_size] -> the same shape."""
-        num_tokens = x.shape[0]
-        qkv = self.qkv_proj(x, step.lora).view(num_tokens, -1, self.head_dim)
-        q, k = qkv[:, : self.num_heads], qkv[:, self.num_heads : -self.num_kv_heads]
-        if self.q_norm is not None and self.k_norm is not None:
-            q.copy_(rms_norm(q, self.q_norm, self.eps))
-            k.copy_(rms_norm(k, self.k_norm, self.eps))
-        rotary(qkv[:, : -self.num_kv_heads], cos, signed_sin)
-        kv = qkv[:, self.num_heads :].view(num_tokens, 2, self.num_kv_heads, self.head_dim)
-        cache = step.kv_layers[self.layer]
-        store_kv(kv, cache, step.slot_blocks, step.slot_offsets)
-        out = paged_attention(q, cache, step.attention, self.head_dim**-0.5)
-        return self.o_proj(out.view(num_tokens, -1), step.lora)
+    def __call__(self, x: Tensor, residual: Tensor, cos: Tensor, signed_sin: Tensor, step: Step) -> Tensor:
+        """x [num_tokens, hidden_size] -> the same shape. residual as in Linear."""
+        num_tokens, cache = x.shape[0], step.kv_layers[self.layer]
+        qkv, delta = self.qkv_proj.with_delta(x, step.lora)
+        self._ops.rotary_store_kv(
+            qkv, cos, signed_sin, cache, step.slot_mapping, self.num_heads, self.head_norms, self.eps, delta
+        )
+        q = qkv[:, : self.q_size].view(num_tokens, self.num_heads, self.head_dim)
+        out = self._ops.paged_attention(q, cache, step.attention, self.head_dim**-0.5)
+        return self.o_proj(out.view(num_tokens, -1), residual, step.lora)
 
 
 class Mlp:
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, layer: int, weights: Weights, layout: ChunkLayout) -> None:
+    def __init__(self, config: ModelConfig, layer: int, weights: Weights, layout: ChunkLayout, ops: Ops) -> None:
+        self._ops = ops
         prefix = f"model.layers.{layer}.mlp."
         outs = (config.intermediate_size, config.intermediate_size)
-        self.gate_up_proj = _linear(weights, layout, prefix, layer, "gate_up_proj", outs, config.mlp_bias)
-        self.down_proj = _linear(weights, layout, prefix, layer, "down_proj", (config.hidden_size,), config.mlp_bias)
+        hidden, has_bias = config.hidden_size, config.mlp_bias
+        self.gate_up_proj = _linear(weights, layout, ops, prefix, layer, "gate_up_proj", outs, has_bias)
+        self.down_proj = _linear(weights, layout, ops, prefix, layer, "down_proj", (hidden,), has_bias)
 
-    def __call__(self, x: Tensor, step: Step) -> Tensor:
-        """x [num_tokens, hidden_size] -> the same shape."""
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x, step.lora)), step.lora)
+    def __call__(self, x: Tensor, residual: Tensor, step: Step) -> Tensor:
+        """x [num_tokens, hidden_size] -> the same shape. residual as in Linear."""
+        gate_up, delta = self.gate_up_proj.with_delta(x, step.lora)
+        return self.down_proj(self._ops.silu_and_mul(gate_up, delta), residual, step.lora)
 
 
 class DecoderLayer:
     """Attention and MLP, each behind a norm and added to the residual."""
 
-    def __init__(self, config: ModelConfig, layer: int, weights: Weights, layout: ChunkLayout) -> None:
+    def __init__(self, config: ModelConfig, layer: int, weights: Weights, layout: ChunkLayout, ops: Ops) -> None:
         prefix = f"model.layers.{layer}."
         self.eps = config.rms_norm_eps
-        self.attention = Attention(config, layer, weights, layout)
-        self.mlp = Mlp(config, layer, weights, layout)
+        self._add_rms_norm = ops.add_rms_norm
+        self.attention = Attention(config, layer, weights, layout, ops)
+        self.mlp = Mlp(config, layer, weights, layout, ops)
         self.input_norm = weights.take(f"{prefix}input_layernorm.weight", config.hidden_size)
         self.post_attention_norm = weights.take(f"{prefix}post_attention_layernorm.weight", config.hidden_size)
 
     def __call__(self, x: Tensor, residual: Tensor, cos: Tensor, signed_sin: Tensor, step: Step) -> Tensor:
         """x: the layer before's output, not yet added to the residual, which is changed in place."""
-        x = self.attention(add_rms_norm(x, residual, self.input_norm, self.eps), cos, signed_sin, step)
-        return self.mlp(add_rms_norm(x, residual, self.post_attention_norm, self.eps), step)
+        normed = self._add_rms_norm(x, residual, self.input_norm, self.eps)
+        x = self.attention(normed, residual, cos, signed_sin, step)
+        return self.mlp(self._add_rms_norm(x, residual, self.post_attention_norm, self.eps), residual, step)
 
 
 class Decoder:
     """The whole model. Built by asking `weights` for every tensor by its checkpoint name."""
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops = TORCH) -> None:
         layout = config.chunk_layout()
         self.eps = config.rms_norm_eps
+        self._rms_norm = ops.rms_norm
         self.embed_tokens = weights.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config, layer, weights, layout) for layer in range(config.num_layers)]
+        self.layers = [DecoderLayer(config, layer, weights, layout, ops) for layer in range(config.num_layers)]
         self.norm = weights.take("model.norm.weight", config.hidden_size)
         self.lm_head = _lm_head(config, weights, self.embed_tokens)
-        self.rotary_embedding = RotaryEmbedding(config.rope, config.head_dim, weights.dtype, weights.device)
+        self.rotary_embedding = RotaryEmbedding(
+            config.rope, config.head_dim, config.max_position_embeddings, weights.dtype, weights.device
+        )
 
     def forward(self, token_ids: Tensor, step: Step) -> Tensor:
         """token_ids int64 [num_tokens] -> hidden states [num_tokens, hidden_size], before the last norm."""
@@ -108,12 +116,19 @@ class Decoder:
         return residual.add_(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [num_rows, hidden_size] of the rows that sample -> float32 [num_rows, vocab_size]."""
-        return linear(rms_norm(hidden, self.norm, self.eps), self.lm_head).float()
+        """hidden [num_rows, hidden_size] of the rows that sample -> [num_rows, vocab_size], in the model's dtype."""
+        return linear(self._rms_norm(hidden, self.norm, self.eps), self.lm_head)
 
 
 def _linear(
-    weights: Weights, layout: ChunkLayout, prefix: str, layer: int, group: str, outs: tuple[int, ...], has_bias: bool
+    weights: Weights,
+    layout: ChunkLayout,
+    ops: Ops,
+    prefix: str,
+    layer: int,
+    group: str,
+    outs: tuple[int, ...],
+    has_bias: bool,
 ) -> Linear:
     """The linear of a group of modules, their weights merged in the group's order."""
     place = layout.groups[group]
@@ -130,7 +145,7 @@ def _linear(
     named = list(zip(place.modules, outs, strict=True))
     weight = weights.merge([(f"{prefix}{module}.weight", rows) for module, rows in named], place.in_features)
     bias = weights.merge([(f"{prefix}{module}.bias", rows) for module, rows in named]) if has_bias else None
-    return Linear(weight, bias, site)
+    return Linear(weight, bias, site, ops)
 
 
 def _lm_head(config: ModelConfig, weights: Weights, embed_tokens: Tensor) -> Tensor:

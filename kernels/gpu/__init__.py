@@ -1,0 +1,38 @@
+"""The ops as Triton kernels, one a file, with the signatures of their torch twins. Imported where torch has CUDA.
+
+They stand in a package of their own because importing kernels/x.py would replace the function kernels.x by a module.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.gpu.argmax import argmax
+from kernels.gpu.attention_decode import attention_decode
+from kernels.gpu.attention_prefill import attention_prefill
+from kernels.gpu.lora_expand import lora_expand
+from kernels.gpu.lora_shrink import lora_shrink
+from kernels.gpu.rms_norm import add_rms_norm, rms_norm
+from kernels.gpu.rotary_store_kv import rotary_store_kv
+from kernels.gpu.silu_and_mul import silu_and_mul
+from kernels.paged_plan import PagedPlan
+
+__all__ = [
+    "add_rms_norm",
+    "argmax",
+    "lora_expand",
+    "lora_shrink",
+    "paged_attention",
+    "rms_norm",
+    "rotary_store_kv",
+    "silu_and_mul",
+]
+
+
+def paged_attention(q: Tensor, cache: Tensor, plan: PagedPlan, scale: float) -> Tensor:
+    """Semantics: kernels.reference.paged_attention."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if plan.num_decodes:
+        attention_decode(q, cache, out, plan, scale)
+    if plan.tiles is not None:
+        attention_prefill(q, cache, out, plan, scale)
+    return out

@@ -1,0 +1,127 @@
+"""Paged attention for sequences of one row each: grouped query heads together, the context split between programs."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gpu import launch
+from kernels.gpu.attention_tile import LOG2_E, LOWEST, attend_tile, load_tile, token_offsets
+from kernels.paged_plan import PagedPlan
+
+
+@triton.jit
+def _combine(
+    partials, stats, out, heads, is_head, num_used, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+):  # fmt: skip
+    """The parts of one row's heads added up, always in the same order. partials, stats, out point to the row's own."""
+    dims = tl.arange(0, BLOCK_D)
+    mask = is_head[:, None] & (dims < HEAD_DIM)[None, :]
+    splits = tl.arange(0, SPLITS_PADDED)
+    is_part = is_head[:, None] & (splits < num_used)[None, :]
+    pairs = stats + (heads[:, None] * NUM_SPLITS + splits[None, :]) * 2
+    bests = tl.load(pairs, mask=is_part, other=LOWEST, cache_modifier=".cg")
+    totals = tl.load(pairs + 1, mask=is_part, other=0.0, cache_modifier=".cg")
+    best = tl.max(bests, 1)
+    total = tl.where(is_head, tl.sum(totals * tl.exp2(bests - best[:, None]), 1), 1.0)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for part in tl.range(0, num_used, loop_unroll_factor=8):  # so that loads do not wait for one another
+        place = heads * NUM_SPLITS + part
+        weight = tl.exp2(tl.load(stats + place * 2, mask=is_head, other=LOWEST, cache_modifier=".cg") - best)
+        values = tl.load(
+            partials + place[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0, cache_modifier=".cg"
+        )
+        acc += weight[:, None] * values
+    tl.store(
+        out + heads[:, None] * HEAD_DIM + dims[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask
+    )
+
+
+@triton.jit
+def _attention_decode(
+    q, cache, out, block_tables, context_lens, partials, stats, semaphores, scale, q_stride, table_stride, block_stride,
+    window, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    context_len = tl.load(context_lens + row)
+    oldest = tl.maximum(context_len - window, 0) if HAS_WINDOW else 0
+    first_tile = oldest // BLOCK_N
+    num_tiles = tl.cdiv(context_len, BLOCK_N) - first_tile
+    tiles_of_split = tl.maximum(tl.cdiv(num_tiles, NUM_SPLITS), 1)
+    num_used = tl.maximum(tl.cdiv(num_tiles, tiles_of_split), 1)  # a short context takes fewer programs
+    if split < num_used:
+        members = tl.arange(0, BLOCK_M)
+        dims = tl.arange(0, BLOCK_D)
+        heads = kv_head * GROUP + members
+        is_head, is_dim = members < GROUP, dims < HEAD_DIM
+        mask = is_head[:, None] & is_dim[None, :]
+        query = tl.load(q + row * q_stride + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        best = tl.full((BLOCK_M,), LOWEST, tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        start = (first_tile + split * tiles_of_split) * BLOCK_N
+        end = tl.minimum(start + tiles_of_split * BLOCK_N, context_len)
+        table = block_tables + row * table_stride
+        keys = cache + kv_head * (BLOCK_SIZE * HEAD_DIM) + dims[None, :]
+        values = keys + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
+        for first in tl.range(start, end, BLOCK_N):
+            tokens = first + tl.arange(0, BLOCK_N)
+            is_token = tokens < end
+            if HAS_WINDOW:
+                is_token = is_token & (tokens >= oldest)
+            offsets = token_offsets(table, first, is_token, block_stride, HEAD_DIM, BLOCK_SIZE, BLOCK_N)[:, None]
+            k = load_tile(keys + offsets, is_token, is_dim, HEAD_DIM == BLOCK_D)
+            v = load_tile(values + offsets, is_token, is_dim, HEAD_DIM == BLOCK_D)
+            best, total, acc = attend_tile(query, k, v, is_token[None, :], scale * LOG2_E, best, total, acc)
+        out += row * (NUM_HEADS * HEAD_DIM)
+        if num_used == 1:
+            acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+            tl.store(out + heads[:, None] * HEAD_DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=mask)
+        else:
+            partials += row * (NUM_HEADS * NUM_SPLITS * HEAD_DIM)
+            stats += row * (NUM_HEADS * NUM_SPLITS * 2)
+            place = heads * NUM_SPLITS + split
+            tl.store(partials + place[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
+            tl.store(stats + place * 2, best, mask=is_head)
+            tl.store(stats + place * 2 + 1, total, mask=is_head)
+            tl.debug_barrier()
+            semaphore = semaphores + row * NUM_KV_HEADS + kv_head
+            if tl.atomic_add(semaphore, 1, sem="acq_rel") == num_used - 1:
+                _combine(
+                    partials, stats, out, heads, is_head, num_used,
+                    BLOCK_M, BLOCK_D, HEAD_DIM, NUM_SPLITS, SPLITS_PADDED,
+                )  # fmt: skip
+                tl.store(semaphore, 0)
+
+
+def attention_decode(q: Tensor, cache: Tensor, out: Tensor, plan: PagedPlan, scale: float) -> None:
+    """Semantics: kernels.reference.paged_attention for the plan's first num_decodes rows, written into out.
+
+    q, out [num_tokens, num_heads, head_dim]; cache: one layer, [num_blocks, 2, num_kv_heads, block_size, head_dim],
+    block_size a power of two from 16. A context of length 0 gives 0. Deterministic.
+    """
+    num_rows, (_, num_heads, head_dim) = plan.num_decodes, q.shape
+    _, _, num_kv_heads, block_size, _ = cache.shape
+    group_size = num_heads // num_kv_heads
+    assert block_size >= 16 and block_size & (block_size - 1) == 0 and cache.shape[4] == head_dim
+    assert cache.stride()[1:] == (num_kv_heads * block_size * head_dim, block_size * head_dim, head_dim, 1)
+    assert q.stride()[1:] == (head_dim, 1) and out.is_contiguous() and q.dtype == cache.dtype
+    assert plan.block_tables.dtype == plan.context_lens.dtype == torch.int32 and plan.block_tables.stride(1) == 1
+    shape = launch.decode_shape(group_size, head_dim, q.element_size())
+    num_splits = launch.decode_splits(num_rows, num_kv_heads, q.device)
+    size = num_rows * num_heads * num_splits if num_splits > 1 else 1
+    launch.start(
+        _attention_decode, (num_kv_heads, num_splits, num_rows), q, cache, out, plan.block_tables, plan.context_lens,
+        torch.empty(size * head_dim, dtype=torch.float32, device=q.device),
+        torch.empty(size * 2, dtype=torch.float32, device=q.device), plan.semaphores, scale, q.stride(0),
+        plan.block_tables.stride(0), cache.stride(0), plan.window or 0, num_warps=shape.num_warps,
+        num_stages=shape.num_stages, NUM_KV_HEADS=num_kv_heads, GROUP=group_size, HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=launch.padded(head_dim),
+        NUM_SPLITS=num_splits, SPLITS_PADDED=launch.padded(num_splits, 1), HAS_WINDOW=plan.window is not None,
+    )  # fmt: skip

@@ -1,0 +1,147 @@
+"""Launching: how every Triton kernel starts, and all block sizes, grids and splits. Chosen here, nowhere else."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+# Without a GPU the kernels run in Triton's interpreter: few programs there, so that persistent loops do loop.
+_SMS_OF_THE_INTERPRETER = 2
+
+
+class Shape(NamedTuple):
+    """Of a kernel that walks over tiles of columns."""
+
+    block: int  # columns of a tile
+    num_warps: int
+
+
+class ShrinkShape(NamedTuple):
+    """Of lora_shrink: each work item reads block_k · num_blocks columns."""
+
+    block_k: int
+    num_blocks: int
+    num_splits: int
+    num_warps: int
+    num_stages: int
+
+
+class AttentionShape(NamedTuple):
+    """Of an attention kernel."""
+
+    block_m: int  # query rows: tokens times the query heads of one KV head
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+
+
+def start(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int,
+    num_stages: int = 2,
+    fuse: bool = True,
+    **constants: Any,
+) -> None:
+    """Launch a jit function on the current stream.
+
+    fuse: a product and a sum may become one rounding; where two kernels must agree to the bit, they may not.
+    """
+    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fuse, **constants)
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Streaming multiprocessors of a device."""
+    if device.type != "cuda":
+        return _SMS_OF_THE_INTERPRETER
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def padded(size: int, least: int = 16) -> int:
+    """The smallest power of two that holds size: Triton's tiles are powers of two."""
+    return max(least, int(triton.next_power_of_2(size)))
+
+
+def persistent_grid(device: torch.device, max_items: int, programs_per_sm: int) -> tuple[int, ...]:
+    """A grid for a kernel that walks over work items whose number stands in device memory."""
+    return (max(1, min(max_items, num_sms(device) * programs_per_sm)),)
+
+
+def rms_norm_warps(size: int) -> int:
+    """One row a program: 8 elements a thread, a 16-byte load."""
+    return min(16, max(1, padded(size) // 256))
+
+
+def block_rows(num_rows: int) -> int:
+    """How many rows of one adapter a program of the LoRA kernels takes; WorkLists of so many rows are made with it.
+
+    The rotary kernel without adapters follows it, so that its rows see the same order of additions in both.
+    """
+    return 8 if num_rows <= 64 else 16 if num_rows <= 256 else 32
+
+
+def silu_shape(num_columns: int) -> Shape:
+    """Without adapters: a piece of one row a program."""
+    return Shape(min(1024, padded(num_columns)), 4)
+
+
+def silu_lora_shape(num_columns: int, rows: int) -> Shape:
+    """8 adapters at 64 rows: 8.5 us in tiles of 128 columns, 7.1 of 256, 7.7 of 512; with 16 rows 128 is best."""
+    return Shape(min({8: 256, 16: 128}.get(rows, 64), padded(num_columns)), 4)
+
+
+def expand_shape(num_columns: int, rows: int) -> Shape:
+    return Shape(min(128 if rows <= 16 else 64, padded(num_columns)), 4)
+
+
+def rotary_warps(rows: int) -> int:
+    """64 adapters at 64 rows: 11.3 us with 4 warps, 9.1 with 2."""
+    return 2 if rows <= 8 else 4
+
+
+def shrink_shape(in_features: int, num_modules: int, max_rows: int, rows: int, device: torch.device) -> ShrinkShape:
+    """Decode: many work items of few loads each, for latency. Prefill: just enough items to fill the GPU."""
+    num_loads = -(-in_features // 128)
+    if rows <= 16:
+        num_blocks = 4 if in_features <= 8192 else 8
+    else:
+        items = -(-max_rows // rows) * num_modules
+        num_splits = min(-(-num_loads // 8), max(1, 3 * num_sms(device) // items))
+        num_blocks = -(-num_loads // num_splits)
+    return ShrinkShape(128, num_blocks, -(-num_loads // num_blocks), 4, 3)
+
+
+def decode_splits(num_rows: int, num_kv_heads: int, device: torch.device) -> int:
+    """Into how many pieces a decode's context is cut at most: until about four programs an SM run.
+
+    Context 512, splits 1 | 2 | 4 | 8, us: 16 rows 18.3 | 14.4 | 14.0 | 17.3, 64 rows 35.8 | 40.7 | 43.7 | .
+    """
+    return max(1, min(32, 4 * num_sms(device) // (num_rows * num_kv_heads)))
+
+
+def decode_shape(group_size: int, head_dim: int, element_size: int) -> AttentionShape:
+    return AttentionShape(padded(group_size), 64 if head_dim * element_size <= 256 else 32, 4, 3)
+
+
+def prefill_shape(group_size: int, head_dim: int, element_size: int) -> AttentionShape:
+    if element_size > 2:  # float32 has no tensor cores here: small tiles, few registers
+        return AttentionShape(max(16, padded(group_size)), 32, 4, 1)
+    if head_dim > 128:
+        return AttentionShape(max(64, padded(group_size)), 32, 4, 2)
+    return AttentionShape(max(128, padded(group_size)), 64, 8, 3)
+
+
+def tokens_per_tile(group_size: int, head_dim: int, element_size: int) -> int:
+    """How many tokens a row of PagedPlan.tiles holds at most."""
+    return prefill_shape(group_size, head_dim, element_size).block_m // group_size
+
+
+def argmax_blocks(num_rows: int, vocab_size: int, device: torch.device) -> tuple[int, int]:
+    """(columns a program, columns a load): about 16 programs an SM, each a few loads."""
+    block = min(1024, padded(vocab_size))
+    num_loads = -(-vocab_size // block)
+    per_row = max(1, min(num_loads, 16 * num_sms(device) // num_rows))
+    return -(-num_loads // per_row) * block, block

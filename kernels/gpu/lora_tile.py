@@ -1,0 +1,60 @@
+"""What the LoRA kernels share: reading a segment's record, and tiles of s and B. See WorkList for the record.
+
+Tiles stand with the columns of the output first and the rows of the batch second: few rows make few registers that way,
+since a tensor core takes 16 of its left operand and 8 of its right one. Nothing here branches on what it has loaded:
+loads that wait for a branch stand in a row instead of side by side, and these kernels cost little but such waits. What
+is absent is masked instead, and reads no bytes.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels import work_list
+
+_FIRST = tl.constexpr(work_list.FIRST)
+_NUM_CHUNKS = tl.constexpr(work_list.NUM_CHUNKS)
+_CHUNK_IDS = tl.constexpr(work_list.CHUNK_IDS)
+
+
+@triton.jit
+def num_chunks(record, BLOCK_ROWS: tl.constexpr):
+    """How many chunks a segment's adapter has; 0: rows of the base model."""
+    return tl.load(record + BLOCK_ROWS + _NUM_CHUNKS)
+
+
+@triton.jit
+def live_ranks(scale, num_chunks_of_segment, RANK: tl.constexpr):
+    """How many ranks of a chunk a segment reads of one module: all of them or, where nothing is to add, none."""
+    return tl.where(scale != 0.0, tl.minimum(num_chunks_of_segment, 1) * RANK, 0)
+
+
+@triton.jit
+def s_rows(record, MAX_CHUNKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Where a segment's rows stand in the shrink buffer: int64 [BLOCK_ROWS]."""
+    first = tl.load(record + BLOCK_ROWS + _FIRST)
+    return (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64) * (MAX_CHUNKS * WIDTH)
+
+
+@triton.jit
+def s_tile(s, rows, i, module, is_row, live, WIDTH: tl.constexpr, RANK: tl.constexpr):
+    """s of one chunk and module, transposed: float32 [RANK, BLOCK_ROWS]. rows from s_rows, live from live_ranks."""
+    ranks = tl.arange(0, RANK)
+    place = s + rows[None, :] + i * WIDTH + module * RANK + ranks[:, None]
+    return tl.load(place, mask=is_row[None, :] & (ranks[:, None] < live), other=0.0)
+
+
+@triton.jit
+def b_tile(
+    record, i, chunks, chunk_stride, b_offset, columns, is_column, live, BLOCK_ROWS: tl.constexpr, RANK: tl.constexpr
+):
+    """Rows of B, given by columns of the output, of a segment's chunk i: [number of columns, RANK]."""
+    ranks = tl.arange(0, RANK)
+    chunk = tl.load(record + BLOCK_ROWS + _CHUNK_IDS + i).to(tl.int64)
+    place = chunks + chunk * chunk_stride + b_offset + columns[:, None] * RANK + ranks[None, :]
+    return tl.load(place, mask=is_column[:, None] & (ranks[None, :] < live), other=0.0)
+
+
+@triton.jit
+def add_product(delta, b, s):
+    """delta + b · s, in float32 [number of columns, BLOCK_ROWS]."""
+    return tl.dot(b, s.to(b.dtype), delta, input_precision="tf32x3")

@@ -1,0 +1,198 @@
+"""Rotary positions of queries and keys, and the writing of KV; head norms and the qkv adapters' expand folded in."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import work_list
+from kernels.gpu import launch
+from kernels.gpu.lora_tile import add_product, b_tile, live_ranks, num_chunks, s_rows, s_tile
+from kernels.work_list import LoraDelta, WorkList
+
+_NUM_SEGMENTS = tl.constexpr(work_list.NUM_SEGMENTS)
+
+
+@triton.jit
+def _load_places(
+    head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_ROTATED: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """Cosines and sines [BLOCK_HALF, rows] of a rotated head, and the rows' slots."""
+    columns = tl.arange(0, BLOCK_HALF)
+    mask = is_row[None, :] & (columns < tl.where(head < NUM_ROTATED, HALF, 0))[:, None]
+    angles = rows.to(tl.int64)[None, :] * cos_stride + columns[:, None]
+    c = tl.load(cos + angles, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(signed_sin + HALF + angles, mask=mask, other=0.0).to(tl.float32)
+    return c, s, tl.load(slot_mapping + rows, mask=is_row, other=-1)
+
+
+@triton.jit
+def _finish_head(
+    low, high, head, rows, is_row, c, s, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """Both halves of one head of some rows, float32: normed, rotated and written to where they belong."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    columns = tl.arange(0, BLOCK_HALF)
+    mask = is_row[None, :] & (columns < HALF)[:, None]
+    if head < NUM_HEADS + NUM_KV_HEADS:
+        if HAS_NORM:
+            num_of_q = tl.where(head < NUM_HEADS, HALF, 0)
+            is_q, is_k = columns < num_of_q, columns < HALF - num_of_q
+            weight_low = tl.load(q_norm + columns, mask=is_q, other=0.0)
+            weight_low += tl.load(k_norm + columns, mask=is_k, other=0.0)
+            weight_high = tl.load(q_norm + HALF + columns, mask=is_q, other=0.0)
+            weight_high += tl.load(k_norm + HALF + columns, mask=is_k, other=0.0)
+            rstd = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / HEAD_DIM + eps)
+            low = low * rstd[None, :] * weight_low.to(tl.float32)[:, None]
+            high = high * rstd[None, :] * weight_high.to(tl.float32)[:, None]
+        rotated = low * c - high * s
+        high = high * c + low * s
+        low = rotated
+    if head < NUM_HEADS:
+        place = qkv + rows.to(tl.int64)[None, :] * qkv_stride + head * HEAD_DIM + columns[:, None]
+        tl.store(place, low.to(qkv.dtype.element_ty), mask=mask)
+        tl.store(place + HALF, high.to(qkv.dtype.element_ty), mask=mask)
+    else:
+        stored = mask & (slots >= 0)[None, :]
+        in_block = ((head - NUM_HEADS) * BLOCK_SIZE + slots % BLOCK_SIZE) * HEAD_DIM
+        place = cache + (slots // BLOCK_SIZE * block_stride + in_block)[None, :] + columns[:, None]
+        tl.store(place, low.to(cache.dtype.element_ty), mask=stored)
+        tl.store(place + HALF, high.to(cache.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _rotary_store_kv(
+    qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, num_rows, qkv_stride, cos_stride, block_stride, eps,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = HEAD_DIM // 2
+    head = tl.program_id(0)
+    rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    is_row = rows < num_rows
+    columns = tl.arange(0, BLOCK_HALF)
+    mask = is_row[None, :] & (columns < HALF)[:, None]
+    c, s, slots = _load_places(
+        head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_HEADS + NUM_KV_HEADS, HALF, BLOCK_HALF
+    )
+    place = qkv + rows.to(tl.int64)[None, :] * qkv_stride + head * HEAD_DIM + columns[:, None]
+    low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
+    _finish_head(
+        low, high, head, rows, is_row, c, s, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
+        NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["scale_index"])
+def _rotary_store_kv_lora(
+    qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, s, chunks, records, counts, scales, qkv_stride,
+    cos_stride, block_stride, chunk_stride, b_offset, scales_stride, scale_index, eps, NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HAS_NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr,
+    RECORD: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = HEAD_DIM // 2
+    WIDTH: tl.constexpr = 3 * RANK
+    ALL_HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
+    columns = tl.arange(0, BLOCK_HALF)
+    is_column = columns < HALF
+    for item in tl.range(tl.program_id(0), tl.load(counts + _NUM_SEGMENTS) * ALL_HEADS, tl.num_programs(0)):
+        head = item % ALL_HEADS
+        segment = item // ALL_HEADS
+        record = records + segment * RECORD
+        module = (head >= NUM_HEADS).to(tl.int32) + (head >= NUM_HEADS + NUM_KV_HEADS).to(tl.int32)
+        scale = tl.load(scales + segment * scales_stride + scale_index + module)
+        n = num_chunks(record, BLOCK_ROWS)
+        rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
+        rows_of_s = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)
+        is_row = rows >= 0
+        mask = is_row[None, :] & is_column[:, None]
+        live = live_ranks(scale, n, RANK)
+        has_delta = live > 0
+        of_low, of_high = head * HEAD_DIM + columns, head * HEAD_DIM + HALF + columns
+        b_low = b_tile(record, 0, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
+        b_high = b_tile(record, 0, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
+        a = s_tile(s, rows_of_s, 0, module, is_row, live, WIDTH, RANK)
+        place = qkv + rows.to(tl.int64)[None, :] * qkv_stride + head * HEAD_DIM + columns[:, None]
+        is_wanted = is_row[None, :] & (columns < tl.where(has_delta, HALF, 0))[:, None]
+        low = tl.load(place, mask=is_wanted, other=0.0).to(tl.float32)
+        high = tl.load(place + HALF, mask=is_wanted, other=0.0).to(tl.float32)
+        c, sin, slots = _load_places(
+            head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_HEADS + NUM_KV_HEADS, HALF, BLOCK_HALF
+        )
+        if has_delta:
+            delta_low = add_product(tl.zeros((BLOCK_HALF, BLOCK_ROWS), tl.float32), b_low, a)
+            delta_high = add_product(tl.zeros((BLOCK_HALF, BLOCK_ROWS), tl.float32), b_high, a)
+            for i in tl.range(1, n):
+                b_low = b_tile(record, i, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
+                b_high = b_tile(record, i, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
+                a = s_tile(s, rows_of_s, i, module, is_row, live, WIDTH, RANK)
+                delta_low = add_product(delta_low, b_low, a)
+                delta_high = add_product(delta_high, b_high, a)
+            low += delta_low * scale
+            high += delta_high * scale
+            _finish_head(
+                low, high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
+                NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
+            )  # fmt: skip
+        else:
+            # Loaded and finished on their own, so that rows without a delta see the very operations, in the very
+            # layout of registers, of _rotary_store_kv: the order in which a head's squares are added counts.
+            low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+            high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
+            _finish_head(
+                low, high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
+                NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
+            )  # fmt: skip
+
+
+def rotary_store_kv(
+    qkv: Tensor,
+    cos: Tensor,
+    signed_sin: Tensor,
+    cache: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+    head_norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+    delta: LoraDelta | None = None,
+) -> None:
+    """Semantics: kernels.reference.rotary_store_kv. A row whose slot is negative stores nothing.
+
+    qkv [num_tokens, (num_heads + 2 · num_kv_heads) · head_dim], whose queries are rotated in place; cos, signed_sin
+    [num_tokens, 1, head_dim]; cache: one layer, [num_blocks, 2, num_kv_heads, block_size, head_dim]; slot_mapping
+    int64 [num_tokens]; head_norms: weights [head_dim] of queries and keys. With adapters, rows that the work list does
+    not name are left as they are.
+    """
+    num_rows, row_size = qkv.shape
+    _, _, num_kv_heads, block_size, head_dim = cache.shape
+    assert row_size == (num_heads + 2 * num_kv_heads) * head_dim and qkv.stride(1) == 1 and head_dim % 2 == 0
+    assert cache.stride()[1:] == (num_kv_heads * block_size * head_dim, block_size * head_dim, head_dim, 1)
+    assert cos.stride() == signed_sin.stride() and cos.stride(-1) == 1 and slot_mapping.is_contiguous()
+    q_norm, k_norm = head_norms or (None, None)
+    constants = dict(
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
+        BLOCK_HALF=launch.padded(head_dim // 2), BLOCK_SIZE=block_size, HAS_NORM=head_norms is not None,
+    )  # fmt: skip
+    tensors = (qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm)
+    strides = (qkv.stride(0), cos.stride(0), cache.stride(0))
+    all_heads = num_heads + 2 * num_kv_heads
+    if delta is None:
+        rows = launch.block_rows(num_rows)
+        launch.start(
+            _rotary_store_kv, (all_heads, -(-num_rows // rows)), *tensors, num_rows, *strides, eps,
+            num_warps=launch.rotary_warps(rows), fuse=False, BLOCK_ROWS=rows, **constants,
+        )  # fmt: skip
+        return
+    work, site = delta.segments, delta.site
+    assert isinstance(work, WorkList) and sum(site.out_features) == row_size
+    launch.start(
+        _rotary_store_kv_lora, launch.persistent_grid(qkv.device, work.max_segments * all_heads, 12),
+        *tensors, delta.s, delta.chunks, work.records, work.counts, work.scales, *strides, delta.chunks.stride(0),
+        site.b_offset, work.scales.stride(0), site.layer * work.scales.shape[2] + site.first_module, eps,
+        num_warps=launch.rotary_warps(work.block_rows), num_stages=1, fuse=False, BLOCK_ROWS=work.block_rows,
+        MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=work.record_size, **constants,
+    )  # fmt: skip

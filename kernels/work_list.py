@@ -1,0 +1,109 @@
+"""WorkList: a step's LoRA work as integers in device memory, so that one captured CUDA graph serves any adapter mix."""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.segments import LoraSite, Segments
+
+# Behind its rows a segment's record holds, in this order, what kernels/gpu/lora_tile.py reads.
+FIRST, NUM_CHUNKS, SLOT, CHUNK_IDS = 0, 1, 2, 4
+# In counts.
+NUM_SEGMENTS, NUM_LORA_SEGMENTS, NUM_TASKS = 0, 1, 2
+_NUM_COUNTS = 4
+_TASK_SIZE = 4
+_MAX_MODULES_OF_A_SITE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """The rows of a step that go through one adapter."""
+
+    rows: Sequence[int]  # of the flat batch, not empty
+    slot: int  # the adapter's row of WorkList.scales
+    chunk_ids: Sequence[int]
+
+
+class WorkList:
+    """Which rows of a flat batch go through which adapter chunks, for the LoRA kernels. Addresses never change.
+
+    records  int32 [max_segments, record_size]. A segment is at most block_rows rows of one adapter or of the base
+             model. Its record: its rows (-1 behind the last), the place of its first row in the shrink buffer, its
+             number of chunks (0: base model), its adapter's slot, a filler, its chunk ids.
+    tasks    int32 [max_tasks, 4]: (segment, i, chunk id, a filler) for every chunk i of every adapter's segment.
+    counts   int32 [4]: segments, how many of them have an adapter (these stand first), tasks, a filler.
+    scales   float32 [max_segments, num_layers, num_modules]: each segment's own, so that a kernel need not read the
+             record first; 0: the adapter has nothing there. The base model's are not read.
+    semaphores  int32, zero between kernels: one for each task and module.
+    """
+
+    def __init__(self, slot_scales: Tensor, max_segments: int, max_chunks: int, block_rows: int = 8) -> None:
+        """Room for adapters of at most max_chunks chunks. m rows never make more than m segments.
+
+        slot_scales float32 [num_slots, num_layers, num_modules]: the caller's, by adapter slot, read by update.
+        """
+        assert slot_scales.dtype == torch.float32 and slot_scales.ndim == 3
+        assert block_rows >= 8 and block_rows & (block_rows - 1) == 0, "Triton's tiles are powers of two"
+        self.max_segments, self.max_chunks, self.block_rows = max_segments, max_chunks, block_rows
+        self._slot_scales = slot_scales
+        self.record_size = -(-(block_rows + CHUNK_IDS + max_chunks) // 16) * 16
+        self.max_tasks = max_segments * max_chunks
+        self._end_of_tasks = -(-(_NUM_COUNTS + _TASK_SIZE * self.max_tasks) // 16) * 16
+        size = self._end_of_tasks + max_segments * self.record_size
+        device = slot_scales.device
+        self._data = torch.zeros(size, dtype=torch.int32, device=device)
+        self.counts = self._data[:_NUM_COUNTS]
+        self.tasks = self._data[_NUM_COUNTS : _NUM_COUNTS + _TASK_SIZE * self.max_tasks].view(-1, _TASK_SIZE)
+        self.records = self._data[self._end_of_tasks :].view(max_segments, self.record_size)
+        self._slots = self.records[:, block_rows + SLOT]
+        self.scales = torch.zeros(max_segments, *slot_scales.shape[1:], device=device)
+        self.semaphores = torch.zeros(self.max_tasks * _MAX_MODULES_OF_A_SITE, dtype=torch.int32, device=device)
+
+    def update(self, num_rows: int, adapters: Sequence[AdapterRows]) -> None:
+        """Describe a step of num_rows rows; a row that no adapter names is the base model's. One copy to the device
+        and one gather there."""
+        host = array("i", bytes(4 * self._end_of_tasks))
+        num_tasks = num_segments = first = 0
+        is_base = bytearray(b"\1") * num_rows
+        for adapter in adapters:
+            assert 0 < len(adapter.chunk_ids) <= self.max_chunks
+            for rows in self._blocks(adapter.rows):
+                self._append(host, rows, first, adapter.slot, adapter.chunk_ids)
+                for i, chunk_id in enumerate(adapter.chunk_ids):
+                    place = _NUM_COUNTS + _TASK_SIZE * num_tasks
+                    host[place : place + _TASK_SIZE] = array("i", (num_segments, i, chunk_id, 0))
+                    num_tasks += 1
+                for row in rows:
+                    assert is_base[row], "a row has one adapter"
+                    is_base[row] = False
+                num_segments += 1
+                first += len(rows)
+        num_lora_segments = num_segments
+        for rows in self._blocks([row for row in range(num_rows) if is_base[row]]):
+            self._append(host, rows, 0, 0, ())
+            num_segments += 1
+        assert num_segments <= self.max_segments
+        host[0:_NUM_COUNTS] = array("i", (num_segments, num_lora_segments, num_tasks, 0))
+        self._data[: len(host)].copy_(torch.frombuffer(host, dtype=torch.int32), non_blocking=True)
+        torch.index_select(self._slot_scales, 0, self._slots, out=self.scales)
+
+    def _blocks(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
+        return (rows[start : start + self.block_rows] for start in range(0, len(rows), self.block_rows))
+
+    def _append(self, host: "array[int]", rows: Sequence[int], first: int, slot: int, chunk_ids: Sequence[int]) -> None:
+        record = [*rows, *(-1 for _ in range(self.block_rows - len(rows))), first, len(chunk_ids), slot, 0, *chunk_ids]
+        host.extend(record)
+        host.extend(0 for _ in range(self.record_size - len(record)))
+
+
+@dataclass(frozen=True, slots=True)
+class LoraDelta:
+    """What the adapters add to a GEMM's output, not yet computed: for kernels that fold lora_expand into themselves."""
+
+    s: Tensor  # from lora_shrink
+    chunks: Tensor  # the pool, [num_chunks, chunk_size]
+    site: LoraSite
+    segments: Segments | WorkList

@@ -1,0 +1,34 @@
+"""Runs the kernels' tests in Triton's interpreter, and compiles the kernels for sm_90 without a GPU.
+
+In processes of their own: Triton reads TRITON_INTERPRET when it is imported, and kernels compile only without it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 600
+
+
+def run(*arguments: str, interpret: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+
+
+def test_kernels_in_the_interpreter() -> None:
+    result = run("pytest", "-q", "-p", "no:cacheprovider", "tests/kernels", interpret="1")
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+def test_kernels_compile_for_sm_90_without_spills() -> None:
+    result = run("tests.kernels.offline", interpret="0")
+    assert result.returncode == 0, result.stderr[-8000:]
+    usages = json.loads(result.stdout)
+    assert usages
+    spilled = {name: usage for name, usage in usages.items() if usage["stack"] or usage["local"]}
+    assert not spilled

@@ -1,0 +1,140 @@
+"""DecodeGraphs: decode steps as CUDA graphs, one for each bucket of rows, with and without adapters.
+
+A graph holds everything from the token ids to the logits and the greedy tokens. It is captured once and serves any
+mix of adapters and contexts: what changes from step to step stands in buffers at fixed addresses.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import PagedPlan, WorkList
+from kernels.gpu import argmax, launch
+from worker.adapter_pool import AdapterPool
+from worker.kv_cache import KVCache
+from worker.layers.side_stream import MAX_ROWS, SideStream
+from worker.layers.step import Lora, Step
+from worker.model_config import ModelConfig
+from worker.models.decoder import Decoder
+from worker.paged_input import BUCKETS, TABLE_STEP, Adapted, StepRows, work_of
+from worker.step_buffers import StepBuffers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """One graph and what it leaves behind."""
+
+    graph: torch.cuda.CUDAGraph
+    tokens: Tensor  # int64 [num_rows]: the best, -1 where the logits are not numbers
+    logits: Tensor  # [num_rows, vocab_size]
+
+
+class Bucket:
+    """The buffers of one number of rows, and its graphs."""
+
+    def __init__(
+        self, num_rows: int, max_blocks: int, kv_cache: KVCache, window: int | None, pool: AdapterPool | None,
+        max_chunks: int, side: SideStream,
+    ) -> None:  # fmt: skip
+        device = kv_cache.data.device
+        num_kv_heads = kv_cache.data.shape[3]
+        self.num_rows = num_rows
+        self.buffers = StepBuffers(num_rows, max_blocks, device)
+        self.semaphores = torch.zeros(num_rows, dtype=torch.int32, device=device)  # of the argmax
+        plan = PagedPlan(
+            block_tables=self.buffers.block_tables,
+            context_lens=self.buffers.context_lens,
+            num_decodes=num_rows,
+            tiles=None,
+            window=window,
+            semaphores=torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=device),
+        )
+        self.steps = [Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, None)]
+        self.work: WorkList | None = None
+        if pool is not None:
+            self.work = WorkList(pool.scales, num_rows, max_chunks, launch.block_rows(num_rows))
+            self.work.update(num_rows, [])
+            lora = Lora(pool.chunks, self.work, side if num_rows <= MAX_ROWS else None)
+            self.steps.append(Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, lora))
+        self.graphs: list[Captured] = []  # without adapters, with
+        self.adapted: list[Adapted] = []  # what the work list describes
+
+    def set_adapters(self, adapted: list[Adapted]) -> None:
+        """Brings the work list up to date; a batch that goes on decoding has the same one."""
+        assert self.work is not None
+        if adapted != self.adapted:
+            self.work.update(self.num_rows, work_of(adapted))
+            self.adapted = adapted
+
+
+class DecodeGraphs:
+    """All buckets up to max_rows."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        config: ModelConfig,
+        kv_cache: KVCache,
+        pool: AdapterPool | None,
+        *,
+        max_rows: int,
+        max_chunks: int,
+        max_model_len: int,
+    ) -> None:
+        """Captures them, which takes seconds. max_chunks: of one adapter; max_model_len: the longest context."""
+        self.buckets = (*(bucket for bucket in BUCKETS if bucket < max_rows), max_rows)
+        self._model = model
+        device = kv_cache.data.device
+        side = SideStream(device)
+        width = -(-max_model_len // (kv_cache.block_size * TABLE_STEP)) * TABLE_STEP
+        self._of = {
+            num_rows: Bucket(num_rows, width, kv_cache, config.sliding_window, pool, max_chunks, side)
+            for num_rows in self.buckets
+        }
+        self._capture_all()
+
+    def fits(self, rows: StepRows) -> bool:
+        """Whether there is a graph for these rows."""
+        return not rows.prefills and rows.num_padded in self._of
+
+    def replay(self, rows: StepRows, adapted: list[Adapted]) -> tuple[Tensor, Tensor]:
+        """The greedy tokens and the logits of a step that fits, padding included; valid until the next replay."""
+        bucket = self._of[rows.num_padded]
+        bucket.buffers.fill(rows)
+        if adapted:
+            bucket.set_adapters(adapted)
+        captured = self.captured(rows.num_padded, bool(adapted))
+        captured.graph.replay()
+        return captured.tokens, captured.logits
+
+    def captured(self, num_rows: int, has_adapters: bool) -> Captured:
+        """The graph of a bucket."""
+        return self._of[num_rows].graphs[1 if has_adapters else 0]
+
+    @torch.inference_mode()
+    def _capture_all(self) -> None:
+        log.info("CUDA graphs: capturing %d sizes up to %d sequences", len(self.buckets), self.buckets[-1])
+        pool = torch.cuda.graph_pool_handle()
+        for num_rows in reversed(self.buckets):  # the largest first: the smaller ones fit into its memory
+            bucket = self._of[num_rows]
+            bucket.graphs.extend(self._capture(bucket, pool))
+            log.info("CUDA graphs: %d sequences done", num_rows)
+
+    def _capture(self, bucket: Bucket, pool: Any) -> Iterator[Captured]:
+        for step in bucket.steps:
+            self._run(bucket, step)  # compiles what is not compiled yet, and lets cuBLAS choose
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                tokens, logits = self._run(bucket, step)
+            yield Captured(graph, tokens, logits)
+
+    def _run(self, bucket: Bucket, step: Step) -> tuple[Tensor, Tensor]:
+        logits = self._model.logits(self._model.forward(bucket.buffers.token_ids, step))
+        return argmax(logits, bucket.semaphores), logits
