@@ -68,7 +68,7 @@ def rotary_store_kv(
     cos: Tensor,
     signed_sin: Tensor,
     cache: Tensor,
-    slot_mapping: Tensor,
+    slot_mapping: Tensor | tuple[Tensor, Tensor],
     num_heads: int,
     head_norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
@@ -79,7 +79,7 @@ def rotary_store_kv(
     qkv [num_tokens, (num_heads + 2 · num_kv_heads) · head_dim], whose queries are changed in place and whose keys and
     values may be; cache: one layer, [num_blocks, 2, num_kv_heads, block_size, head_dim]; head_norms: the weights
     [head_dim] of queries and keys. cos and signed_sin as in rotary; slot_mapping int64 [num_tokens]: block id times
-    block_size plus offset, no slot twice.
+    block_size plus offset, no slot twice; or block ids and offsets, taken apart once for all layers.
     """
     num_tokens, num_kv_heads, head_dim = qkv.shape[0], cache.shape[2], cache.shape[4]
     if delta is not None:
@@ -91,7 +91,9 @@ def rotary_store_kv(
         k.copy_(rms_norm(k, head_norms[1], eps))
     rotary(heads[:, :-num_kv_heads], cos, signed_sin)
     kv = heads[:, num_heads:].view(num_tokens, 2, num_kv_heads, head_dim)
-    store_kv(kv, cache, slot_mapping // cache.shape[3], slot_mapping % cache.shape[3])
+    if isinstance(slot_mapping, Tensor):
+        slot_mapping = slot_mapping // cache.shape[3], slot_mapping % cache.shape[3]
+    store_kv(kv, cache, *slot_mapping)
 
 
 def argmax(logits: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def build_model_input(
     block_size, device = kv_cache.block_size, kv_cache.data.device
     token_ids: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
+    blocks: list[int] = []
     sample_rows: list[int] = []
     fresh_blocks: list[int] = []
     for scheduled in batch:
@@ -43,14 +43,15 @@ def build_model_input(
         positions += range(start, end)
         for position in range(start, end):
             block = sequence.block_table[position // block_size]
-            slots.append(block * block_size + position % block_size)
+            blocks.append(block)
             if position % block_size == 0:
                 fresh_blocks.append(block)
         if scheduled.samples:
             sample_rows.append(len(token_ids) - 1)
+    positions_tensor = torch.tensor(positions, device=device)
     step = Step(
-        positions=torch.tensor(positions, device=device),
-        slot_mapping=torch.tensor(slots, device=device),
+        positions=positions_tensor,
+        slot_mapping=(torch.tensor(blocks, device=device), positions_tensor % block_size),
         attention=plan_attention(batch, kv_cache, window),
         kv_layers=kv_cache.layers,
         lora=lora,

@@ -22,7 +22,9 @@ class Step:
     """A step of num_tokens rows: tokens of several sequences, a sequence's tokens one after the other."""
 
     positions: Tensor  # int64 [num_tokens]
-    slot_mapping: Tensor  # int64 [num_tokens]: where the token's KV goes, a slot counted through all blocks
+    # Where the tokens' KV goes: int64 [num_tokens], slots counted through all blocks; or, for the torch twins, the
+    # blocks and the places in them, as many each.
+    slot_mapping: Tensor | tuple[Tensor, Tensor]
     attention: AttentionPlan | PagedPlan  # for the torch twins, for the Triton kernels
     kv_layers: tuple[Tensor, ...]  # of the KV cache, each [num_blocks, 2, num_kv_heads, block_size, head_dim]
     lora: Lora | None  # None: no row has an adapter, and nothing of LoRA runs
