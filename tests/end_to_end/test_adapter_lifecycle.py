@@ -101,6 +101,7 @@ def test_bad_adapters_are_refused_and_disturb_nobody(url: str) -> None:
     before = text_of(ask(url, "lora0"))
     missing = load(url, "bad", "no-such-adapter")
     assert missing.status_code == 404
+    assert load(url, "bad", "lora0/adapter_config.json").status_code == 404  # a file is no adapter
     outside = httpx.post(url + "/v1/load_lora_adapter", json={"lora_name": "bad", "lora_path": "/etc"}, timeout=60)
     assert outside.status_code in (400, 403)
     assert "--adapter-root" in outside.text
