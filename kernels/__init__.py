@@ -1,20 +1,11 @@
 """The ops that the model's layers are made of. This package imports nothing of the project.
 
-Tensors on a GPU go to Triton kernels, others to their torch twins: see kernels.dispatch.
+Each op has one contract, said at its torch twin in reference.py and reference_lora.py, which a CPU runs, and a Triton
+kernel in gpu/, which a GPU runs. What the ops are told of a step stands here.
 """
 
-from kernels.dispatch import (
-    add_rms_norm,
-    argmax,
-    lora_expand,
-    lora_shrink,
-    paged_attention,
-    rms_norm,
-    rotary_store_kv,
-    silu_and_mul,
-)
 from kernels.paged_plan import PagedPlan
-from kernels.reference import AttentionPlan, DecodeGroup, PrefillSpan, kv_rows, rotary, store_kv
+from kernels.reference import AttentionPlan, DecodeGroup, PrefillSpan, kv_rows
 from kernels.segments import LoraSite, Segments
 from kernels.work_list import AdapterRows, LoraDelta, WorkList
 
@@ -28,15 +19,5 @@ __all__ = [
     "PrefillSpan",
     "Segments",
     "WorkList",
-    "add_rms_norm",
-    "argmax",
     "kv_rows",
-    "lora_expand",
-    "lora_shrink",
-    "paged_attention",
-    "rms_norm",
-    "rotary",
-    "rotary_store_kv",
-    "silu_and_mul",
-    "store_kv",
 ]

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from kernels import LoraSite, Segments, lora_expand, lora_shrink
+from kernels import LoraSite, Segments
+from kernels.reference_lora import lora_expand, lora_shrink
 
 RANK = 16
 NUM_LAYERS, NUM_MODULES = 2, 4
