@@ -118,14 +118,18 @@ def _work(chunks: Tensor, site: LoraSite, segments: Segments) -> Work:
 
 def _make_work(chunks: Tensor, site: LoraSite, segments: Segments) -> Work:
     tasks = _make_tasks(chunks, site, segments)
-    singles: dict[int, list[Single]] = {}  # by chunk: a row stands once in each
+    # By chunk, so that a row stands once in each run, and by the modules that the adapter has.
+    singles: dict[tuple[int, tuple[bool, ...]], list[Single]] = {}
     for i, chunk_ids in enumerate(segments.chunk_ids):
         scales = _scales(site, segments, i)
         if segments.indptr[i + 1] - segments.indptr[i] == 1 and any(scales):
             for j, chunk_id in enumerate(chunk_ids):
-                singles.setdefault(j, []).append((chunk_id, segments.indptr[i], scales))
+                has_modules = tuple(map(bool, scales))
+                singles.setdefault((j, has_modules), []).append((chunk_id, segments.indptr[i], scales))
     runs = [
-        _make_run(chunks, site, segments, j, run) for j, those in singles.items() for run in _equal_steps(sorted(those))
+        _make_run(chunks, site, segments, j, run)
+        for (j, _), those in singles.items()
+        for run in _equal_steps(sorted(those))
     ]
     return Work(tasks, [task for task in tasks if task.num_rows > 1], runs)
 
@@ -150,7 +154,7 @@ def _make_run(chunks: Tensor, site: LoraSite, segments: Segments, chunk: int, ru
     modules: list[tuple[int, slice, Tensor]] = []
     first_out = 0
     for module, num_out in enumerate(site.out_features):
-        if any(scales[module] for *_, scales in run):
+        if run[0][2][module]:
             size = (len(run), num_out, site.chunk_rank)
             strides = (step * chunks.stride(0), site.chunk_rank, 1)
             b = chunks.as_strided(size, strides, start + first_out * site.chunk_rank)
