@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= 2.13.0
+TRITON ?= 3.9.0
 HOST ?= 127.0.0.1
 PORT ?= 8000
 URL ?= http://$(HOST):$(PORT)
@@ -77,4 +78,6 @@ $(VENV)/.serve: $(VENV)/.torch pyproject.toml deploy/constraints.txt
 
 $(VENV)/.dev: $(VENV)/.serve
 	$(INSTALL) -e '.[gateway,worker,dev]'
+	@# A torch for GPUs brings its own Triton; without one, the kernels' tests need its interpreter and compiler.
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(INSTALL) triton==$(TRITON)
 	@touch $@
