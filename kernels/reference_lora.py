@@ -30,7 +30,7 @@ class Task:
     num_rows: int
     chunk: int  # 0 for the adapter's first
     a: Tensor  # [num_modules · chunk_rank, in_features], a view into the chunk
-    expansions: list[Expansion]  # of the modules that the adapter has here
+    expansions: list[Expansion]  # of the modules that the adapter has here; none for a single row: see Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,8 @@ def _make_tasks(chunks: Tensor, site: LoraSite, segments: Segments) -> list[Task
             start = int(chunks.storage_offset()) + chunk_id * chunks.stride(0)
             size = (num_modules * site.chunk_rank, site.in_features)
             a = chunks.as_strided(size, (site.in_features, 1), start + site.a_offset)
-            expansions = _expansions(chunks, start + site.b_offset, site, scales)
+            is_wide = last - first > 1  # single rows are expanded in runs
+            expansions = _expansions(chunks, start + site.b_offset, site, scales) if is_wide else []
             tasks.append(Task(slice(first, last), last - first, j, a, expansions))
     return tasks
 

@@ -32,14 +32,6 @@ class GroupLayout:
     a_offset: int  # of A [len(modules) · 16, in_features], from the layer's start
     b_offset: int  # of B [sum(out_features), 16], from the layer's start
 
-    @property
-    def a_size(self) -> int:
-        return len(self.modules) * CHUNK_RANK * self.in_features
-
-    @property
-    def b_size(self) -> int:
-        return sum(self.out_features) * CHUNK_RANK
-
 
 @dataclass(frozen=True, slots=True)
 class ChunkLayout:
