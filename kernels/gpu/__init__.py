@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.gpu.argmax import argmax
 from kernels.gpu.attention_decode import attention_decode
 from kernels.gpu.attention_prefill import attention_prefill
+from kernels.gpu.few_rows_linear import gated_linear, linear
 from kernels.gpu.lora_expand import lora_expand
 from kernels.gpu.lora_shrink import lora_shrink
 from kernels.gpu.rms_norm import add_rms_norm, rms_norm
@@ -19,6 +20,8 @@ from kernels.paged_plan import PagedPlan
 __all__ = [
     "add_rms_norm",
     "argmax",
+    "gated_linear",
+    "linear",
     "lora_expand",
     "lora_shrink",
     "paged_attention",

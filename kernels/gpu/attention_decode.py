@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.gpu import launch
 from kernels.gpu.attention_tile import LOG2_E, LOWEST, attend_tile, load_tile, token_offsets
+from kernels.gpu.early import wait_for_kernel_before
 from kernels.paged_plan import PagedPlan
 
 
@@ -43,12 +44,14 @@ def _attention_decode(
     q, cache, out, block_tables, context_lens, partials, stats, semaphores, scale, q_stride, table_stride, block_stride,
     window, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
+    if IS_EARLY:
+        wait_for_kernel_before()
     context_len = tl.load(context_lens + row)
     oldest = tl.maximum(context_len - window, 0) if HAS_WINDOW else 0
     first_tile = oldest // BLOCK_N
@@ -121,7 +124,7 @@ def attention_decode(q: Tensor, cache: Tensor, out: Tensor, plan: PagedPlan, sca
         torch.empty(size * head_dim, dtype=torch.float32, device=q.device),
         torch.empty(size * 2, dtype=torch.float32, device=q.device), plan.semaphores, scale, q.stride(0),
         plan.block_tables.stride(0), cache.stride(0), plan.window or 0, num_warps=shape.num_warps,
-        num_stages=shape.num_stages, NUM_KV_HEADS=num_kv_heads, GROUP=group_size, HEAD_DIM=head_dim,
+        num_stages=shape.num_stages, early=True, NUM_KV_HEADS=num_kv_heads, GROUP=group_size, HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=launch.padded(head_dim),
         NUM_SPLITS=num_splits, SPLITS_PADDED=launch.padded(num_splits, 1), HAS_WINDOW=plan.window is not None,
     )  # fmt: skip

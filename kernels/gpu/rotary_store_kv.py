@@ -1,11 +1,14 @@
 """Rotary positions of queries and keys, and the writing of KV; head norms and the qkv adapters' expand folded in."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels import work_list
 from kernels.gpu import launch
+from kernels.gpu.early import wait_for_kernel_before
 from kernels.gpu.lora_tile import add_product, b_tile, live_ranks, num_chunks, s_rows, s_tile
 from kernels.work_list import LoraDelta, WorkList
 
@@ -66,7 +69,7 @@ def _finish_head(
 def _rotary_store_kv(
     qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, num_rows, qkv_stride, cos_stride, block_stride, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(0)
@@ -77,6 +80,8 @@ def _rotary_store_kv(
     c, s, slots = _load_places(
         head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_HEADS + NUM_KV_HEADS, HALF, BLOCK_HALF
     )
+    if IS_EARLY:
+        wait_for_kernel_before()
     place = qkv + rows.to(tl.int64)[None, :] * qkv_stride + head * HEAD_DIM + columns[:, None]
     low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
@@ -173,7 +178,7 @@ def rotary_store_kv(
     assert cache.stride()[1:] == (num_kv_heads * block_size * head_dim, block_size * head_dim, head_dim, 1)
     assert cos.stride() == signed_sin.stride() and cos.stride(-1) == 1 and slot_mapping.is_contiguous()
     q_norm, k_norm = head_norms or (None, None)
-    constants = dict(
+    constants: dict[str, Any] = dict(
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         BLOCK_HALF=launch.padded(head_dim // 2), BLOCK_SIZE=block_size, HAS_NORM=head_norms is not None,
     )  # fmt: skip
@@ -184,7 +189,7 @@ def rotary_store_kv(
         rows = launch.block_rows(num_rows)
         launch.start(
             _rotary_store_kv, (all_heads, -(-num_rows // rows)), *tensors, num_rows, *strides, eps,
-            num_warps=launch.rotary_warps(rows), fuse=False, BLOCK_ROWS=rows, **constants,
+            num_warps=launch.rotary_warps(rows), early=True, fuse=False, BLOCK_ROWS=rows, **constants,
         )  # fmt: skip
         return
     work, site = delta.segments, delta.site

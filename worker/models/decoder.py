@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import LoraSite
 from worker.chunk_layout import CHUNK_RANK, MODULES, ChunkLayout
-from worker.layers.linear import Linear, linear
+from worker.layers.linear import Linear
 from worker.layers.ops import TORCH, Ops
 from worker.layers.rotary_embedding import RotaryEmbedding
 from worker.layers.step import Step
@@ -68,6 +68,8 @@ class Mlp:
 
     def __call__(self, x: Tensor, residual: Tensor, step: Step) -> Tensor:
         """x [num_tokens, hidden_size] -> the same shape. residual as in Linear."""
+        if step.lora is None:
+            return self.down_proj(self.gate_up_proj.gated(x), residual, None)
         gate_up, delta = self.gate_up_proj.with_delta(x, step.lora)
         return self.down_proj(self._ops.silu_and_mul(gate_up, delta), residual, step.lora)
 
@@ -97,7 +99,7 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops = TORCH) -> None:
         layout = config.chunk_layout()
         self.eps = config.rms_norm_eps
-        self._rms_norm = ops.rms_norm
+        self._ops = ops
         self.embed_tokens = weights.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, layer, weights, layout, ops) for layer in range(config.num_layers)]
         self.norm = weights.take("model.norm.weight", config.hidden_size)
@@ -117,7 +119,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [num_rows, hidden_size] of the rows that sample -> [num_rows, vocab_size], in the model's dtype."""
-        return linear(self._rms_norm(hidden, self.norm, self.eps), self.lm_head)
+        return self._ops.linear(self._ops.rms_norm(hidden, self.norm, self.eps), self.lm_head, None)
 
 
 def _linear(

@@ -1,0 +1,16 @@
+"""The start of a kernel beside the end of the one before it (programmatic dependent launch, Hopper's griddepcontrol).
+
+A step is some three hundred short kernels one behind the other. Each lets the next one start as soon as all its own
+programs run; the next one does what does not depend on the step, and waits before it reads or writes anything else.
+Since every kernel waits for the one before it, whatever is further back is over by then.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wait_for_kernel_before():
+    """Lets the next kernel start, and waits until what the one before wrote can be read."""
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
