@@ -55,6 +55,7 @@ bench: $(VENV)/.dev ## Measure on this machine; appends to tests/bench/results.c
 bench-gpu: $(VENV)/.dev ## Measure decode steps and kernels on this machine's GPU
 	$(BIN)/python -m tests.bench.bench_step --csv tests/bench/results.csv $(ARGS)
 	$(BIN)/python -m tests.bench.bench_kernels
+	$(BIN)/python -m tests.bench.bench_prefill
 
 build: $(VENV)/.serve ## Build the wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .

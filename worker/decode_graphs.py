@@ -58,7 +58,8 @@ class Bucket:
         self.steps = [Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, None)]
         self.work: WorkList | None = None
         if pool is not None:
-            self.work = WorkList(pool.scales, num_rows, max_chunks, launch.block_rows(num_rows))
+            block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows)
+            self.work = WorkList(pool.scales, num_rows, max_chunks, block_rows, long_rows)
             self.work.update(num_rows, [])
             lora = Lora(pool.chunks, self.work, side if num_rows <= MAX_ROWS else None)
             self.steps.append(Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, lora))

@@ -59,8 +59,7 @@ def _attention_decode(
     tiles_of_split = tl.maximum(tl.cdiv(num_tiles, NUM_SPLITS), 1)
     num_used = tl.maximum(tl.cdiv(num_tiles, tiles_of_split), 1)  # a short context takes fewer programs
     if split < num_used:
-        members = tl.arange(0, BLOCK_M)
-        dims = tl.arange(0, BLOCK_D)
+        members, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
         heads = kv_head * GROUP + members
         is_head, is_dim = members < GROUP, dims < HEAD_DIM
         mask = is_head[:, None] & is_dim[None, :]

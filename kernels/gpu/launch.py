@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from kernels.work_list import WorkList
+
 # Without a GPU the kernels run in Triton's interpreter: few programs there, so that persistent loops do loop.
 _SMS_OF_THE_INTERPRETER = 2
 # Griddepcontrol came with Hopper; Triton's interpreter does not know it.
@@ -14,6 +16,7 @@ STARTS_EARLY = torch.cuda.is_available() and torch.cuda.get_device_capability() 
 FEW_ROWS = 64
 MANY_COLUMNS = 65536
 _NUM_SEMAPHORES = 4096
+_MAX_PARTS = 1 << 24  # numbers that a shrink's splits may leave in memory
 
 
 class Shape(NamedTuple):
@@ -42,6 +45,15 @@ class FewRowsShape(NamedTuple):
     num_stages: int
 
 
+class LongShape(NamedTuple):
+    """Of the expands' tiles of long segments."""
+
+    block: int  # columns of a tile
+    tiles: int  # of a work item, one behind the other
+    num_warps: int
+    max_registers: int | None = None  # of a thread: fewer let more programs run on an SM
+
+
 class AttentionShape(NamedTuple):
     """Of an attention kernel."""
 
@@ -59,6 +71,7 @@ def start(
     num_stages: int = 2,
     fuse: bool = True,
     early: bool = False,
+    max_registers: int | None = None,
     **constants: Any,
 ) -> None:
     """Launch a jit function on the current stream.
@@ -66,11 +79,12 @@ def start(
     fuse: a product and a sum may become one rounding; where two kernels must agree to the bit, they may not.
     early: it has a constant IS_EARLY, and may start beside the end of the kernel before it: see early.py.
     """
+    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fuse, maxnreg=max_registers)
     if early:
         constants["IS_EARLY"] = STARTS_EARLY
         if STARTS_EARLY:
-            constants["launch_pdl"] = True
-    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fuse, **constants)
+            options["launch_pdl"] = True
+    kernel[grid](*args, **options, **constants)
 
 
 @functools.cache
@@ -103,11 +117,22 @@ def rms_norm_warps(size: int) -> int:
 
 
 def block_rows(num_rows: int) -> int:
-    """How many rows of one adapter a program of the LoRA kernels takes; WorkLists of so many rows are made with it.
+    """How many rows of one adapter a short segment of a step of num_rows rows has at most: see WorkList."""
+    return 8 if num_rows <= 64 else 16
 
-    The rotary kernel without adapters follows it, so that its rows see the same order of additions in both.
+
+def long_rows(num_rows: int) -> int:
+    """How many rows a long segment of a step of num_rows rows has; 0: there are none.
+
+    The rotary kernel without adapters follows these two, so that its rows see the same order of additions in both.
     """
-    return 8 if num_rows <= 64 else 16 if num_rows <= 256 else 32
+    return 0 if num_rows <= 256 else 64
+
+
+def num_items(work: WorkList, num_columns: int, block: int, long_block: int) -> int:
+    """The most work items of a kernel that walks over segments in pieces of so many columns."""
+    items = work.short.max_segments * -(-num_columns // block)
+    return items + (work.long.max_segments * -(-num_columns // long_block) if work.long else 0)
 
 
 def is_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -151,21 +176,45 @@ def expand_shape(num_columns: int, rows: int) -> Shape:
     return Shape(min(128 if rows <= 16 else 64, padded(num_columns)), 4)
 
 
+def long_silu_shape(num_columns: int, element_size: int) -> LongShape:
+    if element_size > 2:
+        return LongShape(min(32, padded(num_columns)), 4, 8)
+    return LongShape(min(64, padded(num_columns)), 4, 4, 168)
+
+
+def long_expand_shape(num_columns: int, element_size: int) -> LongShape:
+    return LongShape(min(64 if element_size <= 2 else 32, padded(num_columns)), 1, 4)
+
+
+def long_rotary_registers(element_size: int) -> int | None:
+    """Two programs of 8 warps an SM."""
+    return 128 if element_size <= 2 else None
+
+
 def rotary_warps(rows: int) -> int:
     """64 adapters at 64 rows: 11.3 us with 4 warps, 9.1 with 2."""
-    return 2 if rows <= 8 else 4
+    return 2 if rows <= 8 else 4 if rows <= 32 else 8
 
 
-def shrink_shape(in_features: int, num_modules: int, max_rows: int, rows: int, device: torch.device) -> ShrinkShape:
-    """Decode: many work items of few loads each, for latency. Prefill: just enough items to fill the GPU."""
+def shrink_shape(in_features: int, num_sums: int) -> ShrinkShape:
+    """Of short segments: many work items of few loads each, for latency. num_sums: numbers in the shrink buffer."""
     num_loads = -(-in_features // 128)
-    if rows <= 16:
-        num_blocks = 4 if in_features <= 8192 else 8
-    else:
-        items = -(-max_rows // rows) * num_modules
-        num_splits = min(-(-num_loads // 8), max(1, 3 * num_sms(device) // items))
-        num_blocks = -(-num_loads // num_splits)
+    num_blocks = 4 if in_features <= 8192 else 8
+    while num_blocks < num_loads and -(-num_loads // num_blocks) * num_sums > _MAX_PARTS:
+        num_blocks *= 2
     return ShrinkShape(128, num_blocks, -(-num_loads // num_blocks), 4, 3)
+
+
+def long_shrink_shape(
+    in_features: int, max_rows: int, rows: int, element_size: int, device: torch.device
+) -> ShrinkShape:
+    """Of long segments: just enough work items to fill the GPU. Splits are powers of two: few kernels to compile."""
+    block_k = 64 if element_size <= 2 else 32
+    num_loads = -(-in_features // block_k)
+    most = min(num_sms(device) // -(-max_rows // rows), num_loads // 4)
+    num_splits = 1 << max(0, most.bit_length() - 1)
+    num_blocks = -(-num_loads // num_splits)
+    return ShrinkShape(block_k, num_blocks, -(-num_loads // num_blocks), 8, 4)
 
 
 def decode_splits(num_rows: int, num_kv_heads: int, device: torch.device) -> int:

@@ -62,7 +62,7 @@ class Row:
         return self.num_bytes / BYTES_PER_SECOND / (self.microseconds * 1e-6)
 
 
-def time_layers(run: Callable[[int], object]) -> float:
+def time_layers(run: Callable[[int], object], layers: int = LAYERS) -> float:
     """Microseconds of run(layer), the median over replays of a graph of all layers."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -71,7 +71,7 @@ def time_layers(run: Callable[[int], object]) -> float:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for layer in range(LAYERS):
+        for layer in range(layers):
             run(layer)
     times = []
     for i in range(12):
@@ -81,7 +81,7 @@ def time_layers(run: Callable[[int], object]) -> float:
         end.record()
         torch.cuda.synchronize()
         if i >= 3:
-            times.append(start.elapsed_time(end) * 1e3 / LAYERS)
+            times.append(start.elapsed_time(end) * 1e3 / layers)
     return statistics.median(times)
 
 
@@ -105,7 +105,7 @@ def sites() -> tuple[list[dict[str, LoraSite]], int]:
 
 
 def lora_kernels(chunks: Tensor, layers: list[dict[str, LoraSite]], m: int, k: int) -> Iterator[Row]:
-    work = WorkList(torch.ones(len(chunks), LAYERS, 7, device="cuda"), m, 4, launch.block_rows(m))
+    work = WorkList(torch.ones(len(chunks), LAYERS, 7, device="cuda"), m, 4, launch.block_rows(m), launch.long_rows(m))
     work.update(m, [AdapterRows(range(i, m, k), i, (i,)) for i in range(k)])
     inputs = {size: randn(LAYERS, m, size) for size in (HIDDEN, INTERMEDIATE)}
     for name, (in_features, outs) in GROUPS.items():

@@ -54,6 +54,7 @@ class Compiler:
     def start(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
         options["enable_fp_fusion"] = constants.pop("fuse", True)
+        options["maxnreg"] = constants.pop("max_registers", None)
         signature, attributes = {}, {}
         for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
             if value is None or (isinstance(value, int) and value == 1):
@@ -78,9 +79,10 @@ def _usage(cubin: bytes) -> dict[str, int]:
     return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", run.stdout)}
 
 
-def _lora(dtype: torch.dtype, num_rows: int, block_rows: int, max_chunks: int) -> None:
+def _lora(dtype: torch.dtype, num_rows: int, max_chunks: int) -> None:
     """The LoRA kernels at the 8B's shape."""
-    work = WorkList(torch.zeros(8, 32, 7), num_rows, max_chunks, block_rows)
+    block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows)
+    work = WorkList(torch.zeros(8, 32, 7), num_rows, max_chunks, block_rows, long_rows)
     chunks = torch.zeros(2, 4096, dtype=dtype)  # nothing reads it
     sites = {
         "qkv": LoraSite(3, 0, 4096, (4096, 1024, 1024), 4096, 8192, 16),
@@ -123,14 +125,16 @@ def main() -> None:
     compiler = Compiler()
     launch.start = compiler.start
     launch.num_sms = lambda device: 132  # type: ignore[assignment]
-    for dtype, num_rows, block_rows in (
-        (torch.bfloat16, 64, 8),
-        (torch.bfloat16, 256, 16),
-        (torch.bfloat16, 1024, 32),
-        (torch.float32, 64, 8),
+    for dtype, num_rows in (
+        (torch.bfloat16, 64),
+        (torch.bfloat16, 256),
+        (torch.bfloat16, 512),
+        (torch.bfloat16, 4096),
+        (torch.float32, 64),
+        (torch.float32, 1024),
     ):
         compiler.label = f"{dtype} m={num_rows}"
-        _lora(dtype, num_rows, block_rows, 4)
+        _lora(dtype, num_rows, 4)
     for dtype, heads, head_dim, block_size in (
         (torch.bfloat16, (32, 8), 128, 64),
         (torch.bfloat16, (16, 8), 256, 64),
@@ -139,7 +143,8 @@ def main() -> None:
     ):
         compiler.label = f"{dtype} heads={heads} head_dim={head_dim} block_size={block_size}"
         _attention(dtype, *heads, head_dim, block_size)
-        _rotary(dtype, *heads, head_dim, 64, None)
+        for num_rows in (64, 512):
+            _rotary(dtype, *heads, head_dim, num_rows, None)
     for size in (4096, 100):
         compiler.label = f"size={size}"
         x, weight = torch.zeros(4, size, dtype=torch.bfloat16), torch.zeros(size, dtype=torch.bfloat16)
