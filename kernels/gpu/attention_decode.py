@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.gpu import launch
 from kernels.gpu.attention_tile import LOG2_E, LOWEST, attend_tile, load_tile, token_offsets
-from kernels.gpu.early import wait_for_kernel_before
+from kernels.gpu.early import let_next_start, wait_for_kernel_before
 from kernels.paged_plan import PagedPlan
 
 
@@ -50,8 +50,8 @@ def _attention_decode(
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
-    if IS_EARLY:
-        wait_for_kernel_before()
+    let_next_start(IS_EARLY)
+    wait_for_kernel_before(IS_EARLY)
     context_len = tl.load(context_lens + row)
     oldest = tl.maximum(context_len - window, 0) if HAS_WINDOW else 0
     first_tile = oldest // BLOCK_N

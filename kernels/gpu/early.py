@@ -10,7 +10,14 @@ import triton.language as tl
 
 
 @triton.jit
-def wait_for_kernel_before():
-    """Lets the next kernel start, and waits until what the one before wrote can be read."""
-    tl.extra.cuda.gdc_launch_dependents()
-    tl.extra.cuda.gdc_wait()
+def let_next_start(IS_EARLY: tl.constexpr):
+    """Lets the next kernel start once every program of this one has come here."""
+    if IS_EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_kernel_before(IS_EARLY: tl.constexpr):
+    """Waits until what the kernel before wrote can be read. Every program must, or the next kernel waits in vain."""
+    if IS_EARLY:
+        tl.extra.cuda.gdc_wait()

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu import launch
+from kernels.gpu.early import let_next_start, wait_for_kernel_before
 from kernels.gpu.silu_and_mul import silu_and_mul
 
 
@@ -55,15 +56,13 @@ def _few_rows_linear(
     is_column = columns < N
     acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
     acc_up = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
-    if IS_EARLY:
-        tl.extra.cuda.gdc_wait()
+    wait_for_kernel_before(IS_EARLY)
     start = split * SPLIT_K
     acc, acc_up = _products(
         acc, acc_up, x, weight, rows, is_row, columns, is_column, start, tl.minimum(start + SPLIT_K, K), x_stride, N, K,
         BLOCK_K, IS_GATED,
     )  # fmt: skip
-    if IS_EARLY:  # not before: the next kernel's programs would take the places of this one's
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_start(IS_EARLY)  # not before: its programs would share the memory that the weights need alone
     is_last = True
     if NUM_SPLITS > 1:
         place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_ROWS + rows[None, :]

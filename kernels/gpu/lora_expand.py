@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels import work_list
 from kernels.gpu import launch
+from kernels.gpu.early import let_next_start, wait_for_kernel_before
 from kernels.gpu.lora_tile import (
     add_product,
     b_tile,
@@ -28,7 +29,7 @@ _NUM_LORA_SEGMENTS = tl.constexpr(work_list.NUM_LORA_SEGMENTS)
 def _expand_tile(
     y, s, chunks, records, scales, segment, tile, y_stride, chunk_stride, b_offset, scales_stride, scale_index,
     N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, AXIS: tl.constexpr,
+    BLOCK_N: tl.constexpr, AXIS: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     record = records + segment * RECORD
     scale = tl.load(scales + segment * scales_stride + scale_index)
@@ -41,6 +42,7 @@ def _expand_tile(
     y_tile = y + tl.expand_dims(rows.to(tl.int64), AXIS) * y_stride + tl.expand_dims(columns, 1 - AXIS)
     mask = mask_of(is_column, is_row, AXIS)
     b = b_tile(record, 0, chunks, chunk_stride, b_offset, columns, is_column, live, BLOCK_ROWS, RANK)
+    wait_for_kernel_before(IS_EARLY)
     a = s_tile(s, rows_of_s, 0, 0, is_row, live, RANK, RANK)
     old = tl.load(y_tile, mask=mask, other=0.0).to(tl.float32)
     delta = add_product(zeros(BLOCK_N, BLOCK_ROWS, AXIS), b, a, AXIS)
@@ -55,8 +57,9 @@ def _lora_expand(
     y, s, chunks, records, counts, scales, long_records, long_counts, long_scales, y_stride, chunk_stride, b_offset,
     scales_stride, scale_index, N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LONG_RECORD: tl.constexpr, LONG_ROWS: tl.constexpr,
-    LONG_N: tl.constexpr,
+    LONG_N: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(IS_EARLY)
     num_long = 0
     if LONG_ROWS > 0:
         LONG_TILES: tl.constexpr = (N + LONG_N - 1) // LONG_N
@@ -65,14 +68,16 @@ def _lora_expand(
             _expand_tile(
                 y, s, chunks, long_records, long_scales, item // LONG_TILES, item % LONG_TILES, y_stride, chunk_stride,
                 b_offset, scales_stride, scale_index, N, MAX_CHUNKS, RANK, LONG_RECORD, LONG_ROWS, LONG_N, 1,
+                IS_EARLY,
             )  # fmt: skip
     NUM_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     num_short = tl.load(counts + _NUM_LORA_SEGMENTS) * NUM_TILES
     for item in tl.range(first_behind(num_long), num_short, tl.num_programs(0)):
         _expand_tile(
             y, s, chunks, records, scales, item // NUM_TILES, item % NUM_TILES, y_stride, chunk_stride, b_offset,
-            scales_stride, scale_index, N, MAX_CHUNKS, RANK, RECORD, BLOCK_ROWS, BLOCK_N, 0,
+            scales_stride, scale_index, N, MAX_CHUNKS, RANK, RECORD, BLOCK_ROWS, BLOCK_N, 0, IS_EARLY,
         )  # fmt: skip
+    wait_for_kernel_before(IS_EARLY)
 
 
 def lora_expand(y: Tensor, s: Tensor, chunks: Tensor, site: LoraSite, work: WorkList) -> None:
@@ -93,7 +98,7 @@ def lora_expand(y: Tensor, s: Tensor, chunks: Tensor, site: LoraSite, work: Work
         y, s, chunks, short.records, short.counts, short.scales, long.records, long.counts, long.scales, y.stride(0),
         chunks.stride(0), site.b_offset, short.scales.stride(0),
         site.layer * short.scales.shape[2] + site.first_module,
-        num_warps=long_shape.num_warps if work.long else shape.num_warps, num_stages=1, N=out_features,
+        num_warps=long_shape.num_warps if work.long else shape.num_warps, num_stages=1, early=True, N=out_features,
         MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
         BLOCK_N=shape.block, LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, LONG_N=long_shape.block,
     )  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels import work_list
 from kernels.gpu import launch
+from kernels.gpu.early import let_next_start, wait_for_kernel_before
 from kernels.gpu.lora_tile import first_behind, s_rows
 from kernels.segments import LoraSite
 from kernels.work_list import WorkList
@@ -39,7 +40,7 @@ def _shrink_module(
     x, chunks, s, partials, records, tasks, scales, semaphores, task, module, split, x_stride, chunk_stride, a_offset,
     scales_stride, scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr,
     RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, NUM_SPLITS: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """A short segment through one module of a chunk: [RANK, BLOCK_ROWS]. Small and many, for latency."""
     ranks = tl.arange(0, RANK)
@@ -50,7 +51,9 @@ def _shrink_module(
     rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
     WIDTH: tl.constexpr = NUM_MODULES * RANK
     place = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)[None, :] + i * WIDTH + module * RANK + ranks[:, None]
-    if tl.load(scales + segment * scales_stride + scale_index + module) != 0.0:
+    scale = tl.load(scales + segment * scales_stride + scale_index + module)
+    wait_for_kernel_before(IS_EARLY)
+    if scale != 0.0:
         is_row = rows >= 0
         columns = split * (NUM_BLOCKS * BLOCK_K) + tl.arange(0, BLOCK_K)
         a_module = chunks + chunk * chunk_stride + a_offset + module * RANK * K
@@ -76,7 +79,7 @@ def _shrink_all_modules(
     x, chunks, s, partials, records, tasks, scales, semaphores, task, split, x_stride, chunk_stride, a_offset,
     scales_stride, scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr,
     RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr, NUM_SPLITS: tl.constexpr, PADDED: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, NUM_SPLITS: tl.constexpr, PADDED: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """A long segment through all modules of a chunk: [BLOCK_ROWS, PADDED ranks]. x is read once."""
     WIDTH: tl.constexpr = NUM_MODULES * RANK
@@ -88,6 +91,7 @@ def _shrink_all_modules(
     rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
     of_ranks = scales + segment * scales_stride + scale_index + ranks // RANK
     is_live = tl.load(of_ranks, mask=ranks < WIDTH, other=0.0) != 0.0
+    wait_for_kernel_before(IS_EARLY)
     if tl.max(is_live.to(tl.int32), 0) > 0:
         is_row = rows >= 0
         columns = split * (NUM_BLOCKS * BLOCK_K) + tl.arange(0, BLOCK_K)
@@ -115,8 +119,9 @@ def _lora_shrink(
     K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, NUM_BLOCKS: tl.constexpr, NUM_SPLITS: tl.constexpr,
     LONG_RECORD: tl.constexpr, LONG_ROWS: tl.constexpr, LONG_K: tl.constexpr, LONG_BLOCKS: tl.constexpr,
-    LONG_SPLITS: tl.constexpr, PADDED: tl.constexpr,
+    LONG_SPLITS: tl.constexpr, PADDED: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(IS_EARLY)
     num_long = 0
     if LONG_ROWS > 0:
         num_long = tl.load(long_counts + _NUM_TASKS) * LONG_SPLITS
@@ -125,6 +130,7 @@ def _lora_shrink(
                 x, chunks, s, partials, long_records, long_tasks, long_scales, long_semaphores, item // LONG_SPLITS,
                 item % LONG_SPLITS, x_stride, chunk_stride, a_offset, scales_stride, scale_index, plane_size, K,
                 NUM_MODULES, MAX_CHUNKS, RANK, LONG_RECORD, LONG_ROWS, LONG_K, LONG_BLOCKS, LONG_SPLITS, PADDED,
+                IS_EARLY,
             )  # fmt: skip
     num_short = tl.load(counts + _NUM_TASKS) * NUM_MODULES * NUM_SPLITS
     for item in tl.range(first_behind(num_long), num_short, tl.num_programs(0)):
@@ -132,8 +138,9 @@ def _lora_shrink(
             x, chunks, s, partials, records, tasks, scales, semaphores, item // (NUM_SPLITS * NUM_MODULES),
             item // NUM_SPLITS % NUM_MODULES, item % NUM_SPLITS, x_stride, chunk_stride, a_offset, scales_stride,
             scale_index, plane_size, K, NUM_MODULES, MAX_CHUNKS, RANK, RECORD, BLOCK_ROWS, BLOCK_K, NUM_BLOCKS,
-            NUM_SPLITS,
+            NUM_SPLITS, IS_EARLY,
         )  # fmt: skip
+    wait_for_kernel_before(IS_EARLY)
 
 
 def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, work: WorkList) -> Tensor:
@@ -162,7 +169,8 @@ def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, work: WorkList) -> Te
         x, chunks, s, partials, short.records, short.tasks, short.counts, short.scales, short.semaphores,
         long.records, long.tasks, long.counts, long.scales, long.semaphores, x.stride(0), chunks.stride(0),
         site.a_offset, short.scales.stride(0), site.layer * short.scales.shape[2] + site.first_module, s.numel(),
-        num_warps=long_shape.num_warps, num_stages=long_shape.num_stages, K=in_features, NUM_MODULES=num_modules,
+        num_warps=long_shape.num_warps, num_stages=long_shape.num_stages, early=True,
+        K=in_features, NUM_MODULES=num_modules,
         MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
         BLOCK_K=shape.block_k, NUM_BLOCKS=shape.num_blocks, NUM_SPLITS=shape.num_splits,
         LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, LONG_K=long_shape.block_k,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu import launch
-from kernels.gpu.early import wait_for_kernel_before
+from kernels.gpu.early import let_next_start, wait_for_kernel_before
 
 
 @triton.jit
@@ -18,8 +18,8 @@ def _rms_norm(
     columns = tl.arange(0, BLOCK)
     mask = columns < SIZE
     w = tl.load(weight + columns, mask=mask, other=0.0)
-    if IS_EARLY:
-        wait_for_kernel_before()
+    let_next_start(IS_EARLY)
+    wait_for_kernel_before(IS_EARLY)
     place = (row // HEADS).to(tl.int64) * x_stride + (row % HEADS) * heads_stride
     values = tl.load(x + place + columns, mask=mask, other=0.0)
     wide = values.to(tl.float32)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import work_list
 from kernels.gpu import launch
-from kernels.gpu.early import wait_for_kernel_before
+from kernels.gpu.early import let_next_start, wait_for_kernel_before
 from kernels.gpu.lora_tile import (
     add_product,
     b_tile,
@@ -93,8 +93,8 @@ def _rotary_store_kv(
     c, s, slots = _load_places(
         head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_HEADS + NUM_KV_HEADS, HALF, BLOCK_HALF, AXIS
     )
-    if IS_EARLY:
-        wait_for_kernel_before()
+    let_next_start(IS_EARLY)
+    wait_for_kernel_before(IS_EARLY)
     place = qkv + tl.expand_dims(rows.to(tl.int64), AXIS) * qkv_stride + head * HEAD_DIM
     place += tl.expand_dims(columns, 1 - AXIS)
     low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
@@ -145,14 +145,13 @@ def _lora_head(
     cos_stride, block_stride, chunk_stride, b_offset, scales_stride, scale_index, eps, NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, AXIS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, AXIS: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """One head of a segment."""
     HALF: tl.constexpr = HEAD_DIM // 2
     WIDTH: tl.constexpr = 3 * RANK
-    columns = tl.arange(0, BLOCK_HALF)
+    columns, record = tl.arange(0, BLOCK_HALF), records + segment * RECORD
     is_column = columns < HALF
-    record = records + segment * RECORD
     module = tl.where(head >= NUM_HEADS, 1, 0) + tl.where(head >= NUM_HEADS + NUM_KV_HEADS, 1, 0)
     scale = tl.load(scales + segment * scales_stride + scale_index + module)
     n = num_chunks(record, BLOCK_ROWS)
@@ -160,20 +159,21 @@ def _lora_head(
     rows_of_s = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)
     is_row = rows >= 0
     live = live_ranks(scale, n, RANK)
-    has_delta = live > 0
     of_low, of_high = head * HEAD_DIM + columns, head * HEAD_DIM + HALF + columns
     if AXIS == 0:  # loaded at once, for latency; long segments have other programs beside them
         b_low = b_tile(record, 0, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
         b_high = b_tile(record, 0, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
-        a = s_tile(s, rows_of_s, 0, module, is_row, live, WIDTH, RANK)
-    place = qkv + tl.expand_dims(rows.to(tl.int64), AXIS) * qkv_stride + tl.expand_dims(of_low, 1 - AXIS)
-    is_wanted = mask_of(columns < tl.where(has_delta, HALF, 0), is_row, AXIS)
-    low = tl.load(place, mask=is_wanted, other=0.0).to(tl.float32)
-    high = tl.load(place + HALF, mask=is_wanted, other=0.0).to(tl.float32)
     c, sin, slots = _load_places(
         head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_HEADS + NUM_KV_HEADS, HALF, BLOCK_HALF, AXIS
     )
-    if has_delta:
+    wait_for_kernel_before(IS_EARLY)
+    if AXIS == 0:
+        a = s_tile(s, rows_of_s, 0, module, is_row, live, WIDTH, RANK)
+    place = qkv + tl.expand_dims(rows.to(tl.int64), AXIS) * qkv_stride + tl.expand_dims(of_low, 1 - AXIS)
+    is_wanted = mask_of(columns < tl.where(live > 0, HALF, 0), is_row, AXIS)
+    low = tl.load(place, mask=is_wanted, other=0.0).to(tl.float32)
+    high = tl.load(place + HALF, mask=is_wanted, other=0.0).to(tl.float32)
+    if live > 0:
         if AXIS == 0:
             delta_low, delta_high = _short_deltas(
                 b_low, b_high, a, s, rows_of_s, module, record, n, chunks, chunk_stride, b_offset, of_low, of_high,
@@ -209,8 +209,10 @@ def _rotary_store_kv_lora(
     eps, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr,
     RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, LONG_RECORD: tl.constexpr, LONG_ROWS: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     ALL_HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
+    let_next_start(IS_EARLY)
     num_long = 0
     if LONG_ROWS > 0:
         num_long = tl.load(long_counts + _NUM_SEGMENTS) * ALL_HEADS
@@ -219,7 +221,7 @@ def _rotary_store_kv_lora(
                 item % ALL_HEADS, item // ALL_HEADS, qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, s,
                 chunks, long_records, long_scales, qkv_stride, cos_stride, block_stride, chunk_stride, b_offset,
                 scales_stride, scale_index, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
-                MAX_CHUNKS, RANK, LONG_RECORD, LONG_ROWS, 1,
+                MAX_CHUNKS, RANK, LONG_RECORD, LONG_ROWS, 1, IS_EARLY,
             )  # fmt: skip
     num_short = tl.load(counts + _NUM_SEGMENTS) * ALL_HEADS
     for item in tl.range(first_behind(num_long), num_short, tl.num_programs(0)):
@@ -227,8 +229,9 @@ def _rotary_store_kv_lora(
             item % ALL_HEADS, item // ALL_HEADS, qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, s, chunks,
             records, scales, qkv_stride, cos_stride, block_stride, chunk_stride, b_offset, scales_stride, scale_index,
             eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM, MAX_CHUNKS, RANK, RECORD,
-            BLOCK_ROWS, 0,
+            BLOCK_ROWS, 0, IS_EARLY,
         )  # fmt: skip
+    wait_for_kernel_before(IS_EARLY)
 
 
 def rotary_store_kv(
@@ -282,5 +285,5 @@ def rotary_store_kv(
         num_warps=launch.rotary_warps(work.long_rows or short.block_rows), num_stages=1, fuse=False,
         max_registers=launch.long_rotary_registers(qkv.element_size()) if work.long else None,
         MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
-        LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, **constants,
+        LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, early=True, **constants,
     )  # fmt: skip

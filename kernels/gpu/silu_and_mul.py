@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels import work_list
 from kernels.gpu import launch
+from kernels.gpu.early import let_next_start, wait_for_kernel_before
 from kernels.gpu.lora_tile import add_product, b_tile, first_behind, live_ranks, long_delta, num_chunks, s_rows, s_tile
 from kernels.work_list import LoraDelta, WorkList
 
@@ -14,7 +15,9 @@ _NUM_SEGMENTS = tl.constexpr(work_list.NUM_SEGMENTS)
 
 
 @triton.jit
-def _silu_and_mul(gate_up, y, gate_up_stride, N: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_and_mul(gate_up, y, gate_up_stride, N: tl.constexpr, BLOCK: tl.constexpr, IS_EARLY: tl.constexpr):
+    let_next_start(IS_EARLY)
+    wait_for_kernel_before(IS_EARLY)
     row = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < N
@@ -27,7 +30,7 @@ def _silu_and_mul(gate_up, y, gate_up_stride, N: tl.constexpr, BLOCK: tl.constex
 def _short_tile(
     gate_up, y, s, chunks, records, scales, segment, tile, gate_up_stride, chunk_stride, b_offset, scales_stride,
     scale_index, N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile of columns of a short segment: all loads at once, for latency."""
     WIDTH: tl.constexpr = 2 * RANK
@@ -43,6 +46,7 @@ def _short_tile(
     b_of_up = b_offset + N * RANK
     b0 = b_tile(record, 0, chunks, chunk_stride, b_offset, columns, is_column, live0, BLOCK_ROWS, RANK)
     b1 = b_tile(record, 0, chunks, chunk_stride, b_of_up, columns, is_column, live1, BLOCK_ROWS, RANK)
+    wait_for_kernel_before(IS_EARLY)
     a0 = s_tile(s, rows_of_s, 0, 0, is_row, live0, WIDTH, RANK)
     a1 = s_tile(s, rows_of_s, 0, 1, is_row, live1, WIDTH, RANK)
     mask = is_row[None, :] & is_column[:, None]
@@ -69,7 +73,7 @@ def _short_tile(
 def _long_tiles(
     gate_up, y, s, chunks, records, scales, segment, first_tile, gate_up_stride, chunk_stride, b_offset, scales_stride,
     scale_index, N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """Some tiles of columns, one behind the other, of a long segment: few registers, so that several programs fit."""
     WIDTH: tl.constexpr = 2 * RANK
@@ -81,6 +85,7 @@ def _long_tiles(
     rows_of_s = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)
     is_row = rows >= 0
     wide_rows = rows.to(tl.int64)[:, None]
+    wait_for_kernel_before(IS_EARLY)
     live0, live1 = live_ranks(scale_of_gate, n, RANK), live_ranks(scale_of_up, n, RANK)
     for tile in tl.range(first_tile, first_tile + TILES):
         columns = tile * BLOCK + tl.arange(0, BLOCK)
@@ -111,8 +116,9 @@ def _silu_and_mul_lora(
     gate_up, y, s, chunks, records, counts, scales, long_records, long_counts, long_scales, gate_up_stride,
     chunk_stride, b_offset, scales_stride, scale_index, N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr,
     RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, LONG_RECORD: tl.constexpr,
-    LONG_ROWS: tl.constexpr, LONG_BLOCK: tl.constexpr, LONG_TILES: tl.constexpr,
+    LONG_ROWS: tl.constexpr, LONG_BLOCK: tl.constexpr, LONG_TILES: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(IS_EARLY)
     num_long = 0
     if LONG_ROWS > 0:
         PIECES: tl.constexpr = (N + LONG_BLOCK * LONG_TILES - 1) // (LONG_BLOCK * LONG_TILES)
@@ -121,15 +127,16 @@ def _silu_and_mul_lora(
             _long_tiles(
                 gate_up, y, s, chunks, long_records, long_scales, item // PIECES, item % PIECES * LONG_TILES,
                 gate_up_stride, chunk_stride, b_offset, scales_stride, scale_index, N, MAX_CHUNKS, RANK, LONG_RECORD,
-                LONG_ROWS, LONG_BLOCK, LONG_TILES,
+                LONG_ROWS, LONG_BLOCK, LONG_TILES, IS_EARLY,
             )  # fmt: skip
     NUM_TILES: tl.constexpr = (N + BLOCK - 1) // BLOCK
     num_short = tl.load(counts + _NUM_SEGMENTS) * NUM_TILES
     for item in tl.range(first_behind(num_long), num_short, tl.num_programs(0)):
         _short_tile(
             gate_up, y, s, chunks, records, scales, item // NUM_TILES, item % NUM_TILES, gate_up_stride, chunk_stride,
-            b_offset, scales_stride, scale_index, N, MAX_CHUNKS, RANK, RECORD, BLOCK_ROWS, BLOCK,
+            b_offset, scales_stride, scale_index, N, MAX_CHUNKS, RANK, RECORD, BLOCK_ROWS, BLOCK, IS_EARLY,
         )  # fmt: skip
+    wait_for_kernel_before(IS_EARLY)
 
 
 def silu_and_mul(gate_up: Tensor, delta: LoraDelta | None = None) -> Tensor:
@@ -144,7 +151,7 @@ def silu_and_mul(gate_up: Tensor, delta: LoraDelta | None = None) -> Tensor:
         shape = launch.silu_shape(size)
         launch.start(
             _silu_and_mul, (-(-size // shape.block), num_rows), gate_up, y, gate_up.stride(0),
-            num_warps=shape.num_warps, N=size, BLOCK=shape.block,
+            num_warps=shape.num_warps, early=True, N=size, BLOCK=shape.block,
         )  # fmt: skip
         return y
     work, site = delta.segments, delta.site
@@ -159,7 +166,7 @@ def silu_and_mul(gate_up: Tensor, delta: LoraDelta | None = None) -> Tensor:
         long.scales, gate_up.stride(0), delta.chunks.stride(0), site.b_offset, short.scales.stride(0),
         site.layer * short.scales.shape[2] + site.first_module,
         num_warps=long_shape.num_warps if work.long else shape.num_warps, num_stages=1,
-        max_registers=long_shape.max_registers if work.long else None, N=size,
+        max_registers=long_shape.max_registers if work.long else None, early=True, N=size,
         MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
         BLOCK=shape.block, LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, LONG_BLOCK=long_shape.block,
         LONG_TILES=long_shape.tiles,

@@ -20,6 +20,7 @@ from kernels.gpu import launch
 from kernels.gpu.argmax import argmax
 from kernels.gpu.attention_decode import attention_decode
 from kernels.gpu.attention_prefill import attention_prefill
+from kernels.gpu.few_rows_linear import few_rows_linear
 from kernels.gpu.lora_expand import lora_expand
 from kernels.gpu.lora_shrink import lora_shrink
 from kernels.gpu.rms_norm import add_rms_norm, rms_norm
@@ -55,6 +56,8 @@ class Compiler:
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
         options["enable_fp_fusion"] = constants.pop("fuse", True)
         options["maxnreg"] = constants.pop("max_registers", None)
+        if constants.pop("early", False):
+            constants["IS_EARLY"] = options["launch_pdl"] = True
         signature, attributes = {}, {}
         for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
             if value is None or (isinstance(value, int) and value == 1):
@@ -151,6 +154,12 @@ def main() -> None:
         rms_norm(x, weight, 1e-5)
         add_rms_norm(x, x.clone(), weight, 1e-5)
         silu_and_mul(x)
+    for num_rows in (16, 64):
+        compiler.label = f"m={num_rows}"
+        for k, n in ((4096, 6144), (4096, 4096), (14336, 4096), (576, 960)):
+            few_rows_linear(torch.zeros(num_rows, k, dtype=torch.bfloat16), torch.zeros(n, k, dtype=torch.bfloat16))
+        gate_up = torch.zeros(28672, 4096, dtype=torch.bfloat16)
+        few_rows_linear(torch.zeros(num_rows, 4096, dtype=torch.bfloat16), gate_up, is_gated=True)
     argmax(torch.zeros(4, 128256, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int32))
     json.dump(compiler.results, sys.stdout, indent=1)
 
