@@ -37,27 +37,31 @@ LOOP_CLIENTS = 64
 PROGRAM = "import sys; from gateway.cli import main; sys.exit(main())"  # what the script `polylora` does
 
 
-class Server:
-    """A running `polylora serve`, ready."""
+Adapters = dict[str, Path]  # by name
 
-    def __init__(self, log: Path, model_dir: Path, adapters: list[Path], options: argparse.Namespace) -> None:
+
+class Server:
+    """A `polylora serve`, started."""
+
+    def __init__(self, log: Path, model_dir: Path, adapters: Adapters, options: argparse.Namespace) -> None:
         self.port, self.log = free_port(), log
         most = len(adapters)
         chunks = min(most, options.slots) + 8
+        at_start = list(adapters.items())[:AT_START]
         arguments = {
             "port": self.port,
             "model-path": model_dir,
             "served-model-name": "base",
             "max-running-requests": max(options.clients),
             "max-loras-per-batch": options.slots,
-            "max-loaded-loras": max(most, options.slots) + 8,
+            "max-loaded-loras": options.loaded or max(most, options.slots) + 8,
             "num-lora-chunks": chunks,
             "context-length": 1024 if options.tiny else 8192,
             "mem-fraction": 0.1 if options.tiny else 0.85,
-            "adapter-root": adapters[0].parent,
+            "adapter-root": options.dir,
         }
         command = [sys.executable, "-c", PROGRAM, "serve", *(f"--{name}={arguments[name]}" for name in arguments)]
-        command += ["--lora-paths", *(f"{path.name}={path}" for path in adapters[:AT_START]), *options.server]
+        command += ["--lora-paths", *(f"{name}={path}" for name, path in at_start), *options.server]
         self.start_s = time.monotonic()
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
@@ -108,10 +112,10 @@ def start_up(server: Server, load: Load, timeout_s: float) -> dict[str, float]:
     return phases | metrics
 
 
-def load_others(load: Load, adapters: list[Path]) -> None:
+def load_others(load: Load, adapters: Adapters) -> None:
     """Loads the adapters that were not there at the start."""
     start_s = time.monotonic()
-    bodies = [{"lora_name": path.name, "lora_path": str(path)} for path in adapters[AT_START:]]
+    bodies = [{"lora_name": name, "lora_path": str(path)} for name, path in list(adapters.items())[AT_START:]]
     with ThreadPoolExecutor(NUM_LOADS_AT_ONCE) as executor:
         times = [seconds for seconds, _ in executor.map(lambda body: post(load, "/v1/load_lora_adapter", body), bodies)]
     if times:
@@ -133,7 +137,7 @@ def run_case(case: str, server: Server, extra: Path, options: argparse.Namespace
     arguments += ["--vocab-size", str(vocab_size), "--requests", str(options.requests)]
     arguments += ["--label", "adapters" if num_adapters else "base", "--popularity", options.popularity]
     if case == "loop":
-        arguments += ["--load-loop", f"{extra.name}={extra}"]
+        arguments += ["--load-loop", f"extra={extra}"]
     if options.csv:
         arguments += ["--csv", str(options.csv), "--machine", options.machine, "--commit", options.commit]
     bench_serving.main(arguments)
@@ -145,8 +149,9 @@ def run(options: argparse.Namespace) -> None:
     largest = max([AT_START, *(int(case) for case in options.cases if case != "loop")])
     start_s = time.monotonic()
     model_dir = make_model(options.dir / "model", config)
-    *adapters, extra = make_adapters(options.dir / "adapters", config, largest + 1)
-    say(f"the model and {largest + 1} adapters in {options.dir} after {time.monotonic() - start_s:.1f} s")
+    *paths, extra = make_adapters(options.dir / "adapters", config, min(largest, options.directories) + 1)
+    adapters = {f"a{i}": paths[i % len(paths)] for i in range(largest)}
+    say(f"the model and {len(paths) + 1} adapters in {options.dir} after {time.monotonic() - start_s:.1f} s")
     for i in range(options.starts):
         with serving(options.dir / "server.log", model_dir, adapters, options) as server:
             load = load_of(server, options, config["vocab_size"])
@@ -173,6 +178,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--popularity", choices=("uniform", "zipf", "distinct"), default="uniform")
     parser.add_argument("--slots", type=int, default=64, help="distinct adapters in a step; the pool holds 8 more")
+    parser.add_argument("--loaded", type=int, help="adapters that host memory holds (default: all)")
+    parser.add_argument(
+        "--directories", type=int, default=64, help="different adapters on disk, 84 MB each, and one more"
+    )
     parser.add_argument("--starts", type=int, default=1, help="times to start the server; the last one gets the load")
     parser.add_argument("--limit", type=int, default=540, help="seconds after which it gives up")
     parser.add_argument("--csv", type=Path, help="append the results here")

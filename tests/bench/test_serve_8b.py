@@ -12,7 +12,7 @@ SIZES = ["--tiny", "--clients", "2", "--requests", "1", "--input-tokens", "9", "
 
 def test_it_starts_a_server_and_measures_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results.csv"
-    main([*SIZES, "--dir", str(tmp_path), "--cases", "0", "9", "loop", "--csv", str(results)])
+    main([*SIZES, "--dir", str(tmp_path), "--cases", "0", "9", "loop", "--directories", "4", "--csv", str(results)])
     with results.open() as file:
         rows = list(csv.DictReader(file))
     found = {(row["benchmark"], row["metric"]) for row in rows}
