@@ -1,7 +1,8 @@
 """WeightCopier: fills tensors from files on several threads, through pinned memory where the tensors are on a GPU."""
 
 import os
-import threading
+import queue
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,20 +10,24 @@ import torch
 from torch import Tensor
 
 # Eight threads copy out of the page cache faster than one, and pinned memory crosses to the device at 54 GB/s where
-# pageable memory does at 9.7. Each thread has two pieces, so that it reads one while the other crosses.
+# pageable memory does at 9.7. For each thread there are two pieces: it reads into one while the other crosses.
 NUM_THREADS = 8
 PIECE_BYTES = 8 << 20
-PIECES_A_THREAD = 2
 
 
 class WeightCopier:
-    """Copies go on in the background from `copy` until `pieces` are all done; nothing may read the tensors before."""
+    """Copies go on in the background from `copy` to the end of `finish`; nothing may read the tensors before."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        num_threads = min(NUM_THREADS, os.cpu_count() or 1)
+        is_cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if is_cuda else None
+        # With the copy that each was last read by; the one that has been waiting longest comes first.
+        self._buffers: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = queue.SimpleQueue()
+        for _ in range(2 * num_threads):
+            self._buffers.put((torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=is_cuda), None))
         self._files: dict[Path, int] = {}
-        self._executor = ThreadPoolExecutor(min(NUM_THREADS, os.cpu_count() or 1), thread_name_prefix="weights")
-        self._stages = threading.local()
+        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="weights")
         self._pieces: list[Future[int]] = []
 
     def copy(self, path: Path, offset: int, dtype: torch.dtype, target: Tensor) -> None:
@@ -33,59 +38,35 @@ class WeightCopier:
             self._pieces.append(self._executor.submit(self._copy, self._files[path], offset, dtype, piece))
             offset += piece.numel() * dtype.itemsize
 
-    def pieces(self) -> "list[Future[int]]":
-        """What is under way: each one's result is its bytes in the file, or raises OSError.
-
-        On a GPU the last of them have then left the host, and the device must be synchronized.
-        """
-        return self._pieces
+    def finish(self) -> Iterator[int]:
+        """The bytes of each piece as it is read; at the end the tensors are full. Raises OSError."""
+        for piece in self._pieces:
+            yield piece.result()
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def close(self) -> None:
         """Ends the threads; what has not begun is not copied. More than once does no harm."""
         self._executor.shutdown(cancel_futures=True)
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
+        while self._files:
+            os.close(self._files.popitem()[1])
 
     def _copy(self, file: int, offset: int, dtype: torch.dtype, target: Tensor) -> int:
-        if not hasattr(self._stages, "of_thread"):
-            self._stages.of_thread = _Stage(self._device)
-        stage: _Stage = self._stages.of_thread
         num_bytes = target.numel() * dtype.itemsize
-        buffer = stage.next()[:num_bytes]
-        _read_into(file, offset, buffer)
-        stage.send(buffer.view(dtype), target)
+        buffer, sent = self._buffers.get()
+        try:
+            if sent is not None:
+                sent.synchronize()
+            _read_into(file, offset, buffer[:num_bytes])
+            source = buffer[:num_bytes].view(dtype)
+            with torch.cuda.stream(self._stream):  # None: no stream
+                if source.dtype != target.dtype:
+                    source = source.to(target.device, non_blocking=True)  # converted there, not by this thread
+                target.copy_(source, non_blocking=True)
+            sent = self._stream.record_event() if self._stream is not None else None
+        finally:
+            self._buffers.put((buffer, sent))
         return num_bytes
-
-
-class _Stage:
-    """One thread's buffers, used in turns, and its stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        is_cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if is_cuda else None
-        self._buffers = [
-            torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(PIECES_A_THREAD)
-        ]
-        self._sent: list[torch.cuda.Event | None] = [None] * PIECES_A_THREAD
-        self._turn = 0
-
-    def next(self) -> Tensor:
-        """The next buffer, when its last content has crossed."""
-        self._turn = (self._turn + 1) % PIECES_A_THREAD
-        event = self._sent[self._turn]
-        if event is not None:
-            event.synchronize()
-        return self._buffers[self._turn]
-
-    def send(self, source: Tensor, target: Tensor) -> None:
-        """Copies, converts if need be; on a GPU in the order of this thread's stream."""
-        with torch.cuda.stream(self._stream):  # None: no stream
-            if source.dtype != target.dtype:
-                source = source.to(target.device, non_blocking=True)  # converted there, not by this thread
-            target.copy_(source, non_blocking=True)
-        if self._stream is not None:
-            self._sent[self._turn] = self._stream.record_event()
 
 
 def _read_into(file: int, offset: int, buffer: Tensor) -> None:

@@ -71,14 +71,12 @@ class WeightReader:
 
     def finish(self) -> None:
         """Waits until all that was handed out is filled. Raises ModelError if a file cannot be read."""
-        for piece in self._copier.pieces():
-            try:
-                self._num_read += piece.result()
-            except OSError as error:
-                raise ModelError(f"reading the weights failed: {error}") from None
-            self._progress(min(self._num_read, self._num_total), self._num_total)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        try:
+            for num_bytes in self._copier.finish():
+                self._num_read += num_bytes
+                self._progress(min(self._num_read, self._num_total), self._num_total)
+        except OSError as error:
+            raise ModelError(f"reading the weights failed: {error}") from None
         self._progress(self._num_total, self._num_total)
 
     def close(self) -> None:
@@ -158,10 +156,8 @@ class LoadingModel:
 
     def finish(self) -> None:
         """Waits for the weights. Raises ModelError."""
-        try:
-            self._reader.finish()
-        finally:
-            self.close()
+        self._reader.finish()
+        self.close()
         if self._tied is not None and not torch.equal(self._tied, self.decoder.embed_tokens):
             raise ModelError("tie_word_embeddings is true but lm_head.weight differs from model.embed_tokens.weight")
         self._tied = None
@@ -182,5 +178,8 @@ def load_model(
 ) -> tuple[Decoder, ModelConfig]:
     """The model of a directory with config.json and safetensors. Raises ModelError naming the key or tensor."""
     loading = LoadingModel(model_dir, dtype, device, progress, ops)
-    loading.finish()
+    try:
+        loading.finish()
+    finally:
+        loading.close()
     return loading.decoder, loading.config

@@ -116,7 +116,8 @@ def runs(load: Load, options: argparse.Namespace, num_clients: int) -> Iterator[
     yield "", quiet
     if options.load_loop:
         loading = measure_loading(load, options, num_clients)
-        yield " loading", loading | {"itl_p99_over_quiet": loading["itl_p99_ms"] / quiet["itl_p99_ms"]}
+        ratio = loading["itl_p99_ms"] / quiet["itl_p99_ms"] if quiet["itl_p99_ms"] else math.nan
+        yield " loading", loading | {"itl_p99_over_quiet": ratio}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

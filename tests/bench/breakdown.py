@@ -1,6 +1,7 @@
 """Where the time of a step goes on the GPU: kernels by kind, overlaps and gaps, from torch's profiler."""
 
 import json
+import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class Kernel:
 
 def profile(run: Callable[[], object]) -> list[Kernel]:
     """The kernels of a run, which has been run before."""
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # ended and begun anew it may not see the kernels of older graphs
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run()
