@@ -5,6 +5,7 @@ import logging
 import os
 import queue
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from worker.weights import LoadingModel
 
 log = logging.getLogger(__name__)
 
-NUM_LOAD_THREADS = 4  # for adapter commands, which may wait for a download
+NUM_LOAD_THREADS = 4  # for adapter commands, which may wait for a download, and for --lora-paths
 NUM_RELOAD_THREADS = 2  # for adapters that requests wait for
 
 MAX_GPU_CHUNKS = 16  # of one adapter on a GPU, rank 256, where --max-lora-rank does not say otherwise
@@ -278,12 +279,15 @@ def _max_chunks(config: WorkerConfig, base: Base) -> int:
 
 
 def _load_adapters(config: WorkerConfig, adapters: AdapterService) -> None:
-    """Loads the operator's own adapters, or says which cannot be."""
-    for spec in config.lora_paths:
-        error = adapters.load_now(spec.lora_name, spec.lora_path, spec.pinned)
-        if error is not None:
-            raise BootError(f"--lora-paths {spec.lora_name}={spec.lora_path}: {error.message}")
-        log.info("adapter %s loaded from %s", spec.lora_name, spec.lora_path)
+    """Loads the operator's own adapters, read several at once, or says which cannot be."""
+    with ThreadPoolExecutor(NUM_LOAD_THREADS) as executor:
+        contents = [executor.submit(adapters.read, spec.lora_path) for spec in config.lora_paths]
+        for spec, content in zip(config.lora_paths, contents, strict=True):
+            error = adapters.load_now(spec.lora_name, spec.lora_path, spec.pinned, content.result)
+            if error is not None:
+                executor.shutdown(wait=False, cancel_futures=True)
+                raise BootError(f"--lora-paths {spec.lora_name}={spec.lora_path}: {error.message}")
+            log.info("adapter %s loaded from %s", spec.lora_name, spec.lora_path)
 
 
 def _default_name(model_path: str) -> str:
