@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+
+log = logging.getLogger(__name__)
 
 # Without a GPU the kernels run in Triton's interpreter: few programs there, so that persistent loops do loop.
 _SMS_OF_THE_INTERPRETER = 2
@@ -64,7 +67,8 @@ def start(
 def compiling() -> Iterator[None]:
     """In this block launches run nothing: their kernels are compiled, all at once on threads, and are there at its end.
 
-    A kernel takes a third of a second of one core: 63 of them 20 s one after the other, 11 s on two busy cores.
+    A kernel takes a third of a second of one core: 63 of them 20 s one after the other, 11 s on two busy cores. From
+    then on a kernel that is compiled on its way to a launch, which waits for it, is named in the log.
     """
     global _compiles_only
     _compiles_only = True
@@ -74,6 +78,13 @@ def compiling() -> Iterator[None]:
             yield
     finally:
         _compiles_only = False
+    triton.knobs.runtime.jit_post_compile_hook = _log_late_kernel
+
+
+def _log_late_kernel(*, fn: Any, is_manual_warmup: bool, **_: Any) -> None:
+    """Triton calls this when it has compiled a kernel."""
+    if not is_manual_warmup:
+        log.info("compiled late: %s", fn.name)
 
 
 @functools.cache
