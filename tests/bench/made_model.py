@@ -1,5 +1,11 @@
-"""Makes on disk what a serving benchmark needs: a model of random weights, its tokenizer, and PEFT adapters for it."""
+"""Makes on disk what a serving benchmark needs: a model of random weights, its tokenizer, and PEFT adapters for it.
 
+    python -m tests.bench.made_model DIR --adapters 8 [--tiny]
+
+DIR/model is of Llama-3.1-8B's shape, DIR/adapters/a0 and so on are of rank 16. What is there already stays.
+"""
+
+import argparse
 import json
 import math
 from collections.abc import Callable
@@ -143,3 +149,18 @@ def _in_threads(tasks: list[Callable[[], None]]) -> None:
     with ThreadPoolExecutor(NUM_THREADS) as executor:
         for future in [executor.submit(task) for task in tasks]:
             future.result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model instead")
+    options = parser.parse_args()
+    config = TINY if options.tiny else LLAMA_8B
+    make_model(options.directory / "model", config)
+    make_adapters(options.directory / "adapters", config, options.adapters)
+
+
+if __name__ == "__main__":
+    main()

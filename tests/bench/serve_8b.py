@@ -13,6 +13,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from types import FrameType
 from typing import Any
 
 from tests.bench import bench_serving
-from tests.bench.made_model import LLAMA_8B, TINY, make_adapters, make_model
+from tests.bench.made_model import LLAMA_8B, TINY
 from tests.bench.results import append_csv, machine
 from tests.bench.serving_client import Load, post
 from tests.end_to_end.servers import ROOT, free_port, stop, wait_until_ready
@@ -43,14 +44,14 @@ Adapters = dict[str, Path]  # by name
 class Server:
     """A `polylora serve`, started."""
 
-    def __init__(self, log: Path, model_dir: Path, adapters: Adapters, options: argparse.Namespace) -> None:
+    def __init__(self, log: Path, adapters: Adapters, options: argparse.Namespace) -> None:
         self.port, self.log = free_port(), log
         most = len(adapters)
         chunks = min(most, options.slots) + 8
         at_start = list(adapters.items())[:AT_START]
         arguments = {
             "port": self.port,
-            "model-path": model_dir,
+            "model-path": options.dir / "model",
             "served-model-name": "base",
             "max-running-requests": max(options.clients),
             "max-loras-per-batch": options.slots,
@@ -146,16 +147,19 @@ def run_case(case: str, server: Server, extra: Path, options: argparse.Namespace
 
 def run(options: argparse.Namespace) -> None:
     """Everything, in order."""
-    config = TINY if options.tiny else LLAMA_8B
+    vocab_size = (TINY if options.tiny else LLAMA_8B)["vocab_size"]
     largest = max([AT_START, *(int(case) for case in options.cases if case != "loop")])
     start_s = time.monotonic()
-    model_dir = make_model(options.dir / "model", config)
-    *paths, extra = make_adapters(options.dir / "adapters", config, min(largest, options.directories) + 1)
-    adapters = {f"a{i}": paths[i % len(paths)] for i in range(largest)}
-    say(f"the model and {len(paths) + 1} adapters in {options.dir} after {time.monotonic() - start_s:.1f} s")
+    num_paths = min(largest, options.directories)
+    # In a process of its own, which leaves nothing on the GPU.
+    command = [sys.executable, "-m", "tests.bench.made_model", str(options.dir), "--adapters", str(num_paths + 1)]
+    subprocess.run(command + ["--tiny"] * options.tiny, cwd=ROOT, check=True)
+    *paths, extra = (options.dir / "adapters" / f"a{i}" for i in range(num_paths + 1))
+    adapters = {f"a{i}": paths[i % num_paths] for i in range(largest)}
+    say(f"the model and {num_paths + 1} adapters in {options.dir} after {time.monotonic() - start_s:.1f} s")
     for i in range(options.starts):
-        with serving(options.dir / "server.log", model_dir, adapters, options) as server:
-            load = load_of(server, options, config["vocab_size"])
+        with serving(options.dir / "server.log", adapters, options) as server:
+            load = load_of(server, options, vocab_size)
             metrics = start_up(server, load, options.limit)
             say("start " + " ".join(f"{name}={value:.4g}" for name, value in metrics.items()))
             if options.csv:
@@ -164,7 +168,7 @@ def run(options: argparse.Namespace) -> None:
                 continue
             load_others(load, adapters)
             for case in options.cases:
-                run_case(case, server, extra, options, config["vocab_size"])
+                run_case(case, server, extra, options, vocab_size)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -196,9 +200,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _machine() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else machine(os.cpu_count() or 1)
+    """The GPU's name, asked for without taking a place on it, or else the processor's."""
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"]
+        found = subprocess.run(query, capture_output=True, text=True, check=False)
+        if found.returncode == 0:
+            return found.stdout.strip()
+    return machine(os.cpu_count() or 1)
 
 
 def _give_up(number: int, frame: FrameType | None) -> None:

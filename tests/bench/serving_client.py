@@ -88,6 +88,8 @@ class Stream(asyncio.Protocol):
         now = time.perf_counter()
         self.received += data
         self.arrivals_s.extend([now] * data.count(b'"text"'))
+        if b"[DONE]" in data:
+            self.connection_lost(None)  # whether or not the server closes it, as it is asked to
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.ended.done():
