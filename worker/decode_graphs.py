@@ -121,6 +121,12 @@ class DecodeGraphs:
     @torch.inference_mode()
     def _capture_all(self) -> None:
         log.info("CUDA graphs: capturing %d sizes up to %d sequences", len(self.buckets), self.buckets[-1])
+        whole, self._model = self._model, self._model.shallow()
+        with launch.compiling():
+            for bucket in self._of.values():
+                for step in bucket.steps:
+                    self._run(bucket, step)
+        self._model = whole
         pool = torch.cuda.graph_pool_handle()
         for num_rows in reversed(self.buckets):  # the largest first: the smaller ones fit into its memory
             bucket = self._of[num_rows]

@@ -1,5 +1,6 @@
 """The decoder of the Llama family: Llama, Mistral, Qwen2 and Qwen3 differ in biases, head norms and a window."""
 
+import copy
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from worker.layers.linear import Linear
 from worker.layers.ops import TORCH, Ops
 from worker.layers.rotary_embedding import RotaryEmbedding
 from worker.layers.step import Step
-from worker.model_config import ModelConfig, ModelError
+from worker.model_config import ModelConfig
 
 
 class Weights(Protocol):
@@ -108,6 +109,12 @@ class Decoder:
             config.rope, config.head_dim, config.max_position_embeddings, weights.dtype, weights.device
         )
 
+    def shallow(self) -> "Decoder":
+        """This model with its first layer alone: it launches the kernels of the whole, in fewer launches."""
+        model = copy.copy(self)
+        model.layers = self.layers[:1]
+        return model
+
     def forward(self, token_ids: Tensor, step: Step) -> Tensor:
         """token_ids int64 [num_tokens] -> hidden states [num_tokens, hidden_size], before the last norm."""
         cos, signed_sin = self.rotary_embedding(step.positions)
@@ -151,12 +158,6 @@ def _linear(
 
 
 def _lm_head(config: ModelConfig, weights: Weights, embed_tokens: Tensor) -> Tensor:
-    """Tied checkpoints mostly leave lm_head out; one that has it must mean what it says."""
-    if config.tie_word_embeddings and "lm_head.weight" not in weights:
+    if config.tie_word_embeddings:
         return embed_tokens
-    lm_head = weights.take("lm_head.weight", config.vocab_size, config.hidden_size)
-    if not config.tie_word_embeddings:
-        return lm_head
-    if not torch.equal(lm_head, embed_tokens):
-        raise ModelError("tie_word_embeddings is true but lm_head.weight differs from model.embed_tokens.weight")
-    return embed_tokens
+    return weights.take("lm_head.weight", config.vocab_size, config.hidden_size)
