@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.gpu import launch
 from kernels.gpu.attention_tile import LOG2_E, LOWEST, attend_tile, load_tile, token_offsets
-from kernels.gpu.early import let_next_start, prefetch, wait_for_kernel_before
+from kernels.gpu.early import let_next_start, wait_for_kernel_before
 from kernels.paged_plan import PagedPlan
 
 
@@ -40,47 +40,24 @@ def _combine(
 
 
 @triton.jit
-def _prefetch_kv(
-    table, cache, kv_head, start, end, block_stride, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, THREADS: tl.constexpr,
-):  # fmt: skip
-    """Asks for keys and values of the tokens from start to end. All but the newest are from earlier steps."""
-    SIZE: tl.constexpr = BLOCK_SIZE * HEAD_DIM
-    places = start // BLOCK_SIZE + tl.arange(0, THREADS)
-    is_block = places * BLOCK_SIZE < end
-    blocks = tl.load(table + places, mask=is_block, other=0).to(tl.int64)
-    keys = cache + blocks * block_stride + kv_head * SIZE
-    num_bytes = tl.where(is_block, SIZE * cache.dtype.element_ty.primitive_bitwidth // 8, 0)
-    prefetch(keys, num_bytes)
-    prefetch(keys + NUM_KV_HEADS * SIZE, num_bytes)
-
-
-@triton.jit
 def _attention_decode(
     q, cache, out, block_tables, context_lens, partials, stats, semaphores, scale, q_stride, table_stride, block_stride,
     window, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr, HAS_WINDOW: tl.constexpr, NUM_WARPS: tl.constexpr, IS_EARLY: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     let_next_start(IS_EARLY)
+    wait_for_kernel_before(IS_EARLY)
     context_len = tl.load(context_lens + row)
     oldest = tl.maximum(context_len - window, 0) if HAS_WINDOW else 0
     first_tile = oldest // BLOCK_N
     num_tiles = tl.cdiv(context_len, BLOCK_N) - first_tile
     tiles_of_split = tl.maximum(tl.cdiv(num_tiles, NUM_SPLITS), 1)
     num_used = tl.maximum(tl.cdiv(num_tiles, tiles_of_split), 1)  # a short context takes fewer programs
-    start = (first_tile + split * tiles_of_split) * BLOCK_N
-    end = tl.minimum(start + tiles_of_split * BLOCK_N, context_len)
-    table = block_tables + row * table_stride
-    if IS_EARLY:
-        _prefetch_kv(
-            table, cache, kv_head, start, end, block_stride, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, 32 * NUM_WARPS
-        )
-    wait_for_kernel_before(IS_EARLY)
     if split < num_used:
         members, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
         heads = kv_head * GROUP + members
@@ -90,6 +67,9 @@ def _attention_decode(
         best = tl.full((BLOCK_M,), LOWEST, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        start = (first_tile + split * tiles_of_split) * BLOCK_N
+        end = tl.minimum(start + tiles_of_split * BLOCK_N, context_len)
+        table = block_tables + row * table_stride
         keys = cache + kv_head * (BLOCK_SIZE * HEAD_DIM) + dims[None, :]
         values = keys + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
         for first in tl.range(start, end, BLOCK_N):
@@ -135,7 +115,7 @@ def attention_decode(q: Tensor, cache: Tensor, out: Tensor, plan: PagedPlan, sca
     assert cache.stride()[1:] == (num_kv_heads * block_size * head_dim, block_size * head_dim, head_dim, 1)
     assert q.stride()[1:] == (head_dim, 1) and out.is_contiguous() and q.dtype == cache.dtype
     assert plan.block_tables.dtype == plan.context_lens.dtype == torch.int32 and plan.block_tables.stride(1) == 1
-    shape = launch.decode_shape(num_rows, group_size, head_dim, q.element_size())
+    shape = launch.decode_shape(group_size, head_dim, q.element_size())
     num_splits = launch.decode_splits(num_rows, num_kv_heads, q.device)
     size = num_rows * num_heads * num_splits if num_splits > 1 else 1
     launch.start(
@@ -145,6 +125,5 @@ def attention_decode(q: Tensor, cache: Tensor, out: Tensor, plan: PagedPlan, sca
         plan.block_tables.stride(0), cache.stride(0), plan.window or 0, num_warps=shape.num_warps,
         num_stages=shape.num_stages, early=True, NUM_KV_HEADS=num_kv_heads, GROUP=group_size, HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=launch.padded(head_dim),
-        NUM_SPLITS=num_splits, SPLITS_PADDED=launch.padded(num_splits, 1),
-        HAS_WINDOW=plan.window is not None, NUM_WARPS=shape.num_warps,
+        NUM_SPLITS=num_splits, SPLITS_PADDED=launch.padded(num_splits, 1), HAS_WINDOW=plan.window is not None,
     )  # fmt: skip

@@ -17,23 +17,6 @@ def let_next_start(IS_EARLY: tl.constexpr):
 
 
 @triton.jit
-def prefetch(pointers, num_bytes):
-    """Asks the L2 cache for num_bytes (a multiple of 16; 0: nothing) at each pointer: as many as the program has
-    threads. Waits for nothing."""
-    tl.inline_asm_elementwise(
-        """{ .reg .pred p;
-             setp.ne.u32 p, $2, 0;
-             @p cp.async.bulk.prefetch.L2.global [$1], $2;
-             mov.u32 $0, $2; }""",
-        "=r,l,r",
-        [pointers.to(tl.int64), num_bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def wait_for_kernel_before(IS_EARLY: tl.constexpr):
     """Waits until what the kernel before wrote can be read. Every program must, or the next kernel waits in vain."""
     if IS_EARLY:

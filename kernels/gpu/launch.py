@@ -191,8 +191,6 @@ def few_rows_shape(
     num_tiles = -(-num_columns // 64)
     if is_gated:
         return FewRowsShape(64, 64, 1, 4 if num_rows <= 32 else 3)
-    if num_tiles >= 2 * num_sms(device):
-        return FewRowsShape(128, 64, 1, 4 if num_rows <= 32 else 3)
     num_splits = max(1, min(num_sms(device) // num_tiles, in_features // 512, 8))
     if in_features >= 8192:
         return FewRowsShape(64, 64, num_splits, 8)
@@ -242,11 +240,6 @@ def shrink_shape(in_features: int, num_sums: int) -> ShrinkShape:
     return ShrinkShape(128, num_blocks, -(-num_loads // num_blocks), 4, 3)
 
 
-def prefetchers(work: WorkList, num_warps: int) -> int:
-    """How many threads of a shrink's program ask for B; 0: none. Prompts' rows use B so often that it costs nothing."""
-    return 32 * num_warps if STARTS_EARLY and not work.long else 0
-
-
 def long_shrink_shape(
     in_features: int, max_rows: int, rows: int, element_size: int, device: torch.device
 ) -> ShrinkShape:
@@ -260,21 +253,15 @@ def long_shrink_shape(
 
 
 def decode_splits(num_rows: int, num_kv_heads: int, device: torch.device) -> int:
-    """Into how many pieces a decode's context is cut at most: until about six programs an SM run.
+    """Into how many pieces a decode's context is cut at most: until about four programs an SM run.
 
-    Context 512, us: 16 rows, splits 2 | 3 | 4 | 5 | 6 18.1 | 17.3 | 15.5 | 14.5 | 14.5; 64 rows, 1 | 2 40.7 | 37.7.
+    Context 512, splits 1 | 2 | 4 | 8, us: 16 rows 18.3 | 14.4 | 14.0 | 17.3, 64 rows 35.8 | 40.7 | 43.7 | .
     """
-    return max(1, min(32, -(-6 * num_sms(device) // (num_rows * num_kv_heads))))
+    return max(1, min(32, 4 * num_sms(device) // (num_rows * num_kv_heads)))
 
 
-def decode_shape(num_rows: int, group_size: int, head_dim: int, element_size: int) -> AttentionShape:
-    """Context 512, us, tiles of 64 keys and 4 warps | of 32 and 2: 1 row 6.7 | 7.4, 16 rows 14.5 | 15.1, 64 rows 40.0 |
-    37.8, 256 rows 134 | 127."""
-    if head_dim * element_size > 256:
-        return AttentionShape(padded(group_size), 32, 4, 3)
-    return (
-        AttentionShape(padded(group_size), 64, 4, 2) if num_rows <= 24 else AttentionShape(padded(group_size), 32, 2, 3)
-    )
+def decode_shape(group_size: int, head_dim: int, element_size: int) -> AttentionShape:
+    return AttentionShape(padded(group_size), 64 if head_dim * element_size <= 256 else 32, 4, 3)
 
 
 def prefill_shape(group_size: int, head_dim: int, element_size: int) -> AttentionShape:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels import work_list
 from kernels.gpu import launch
-from kernels.gpu.early import let_next_start, prefetch, wait_for_kernel_before
+from kernels.gpu.early import let_next_start, wait_for_kernel_before
 from kernels.gpu.lora_tile import first_behind, s_rows
 from kernels.segments import LoraSite
 from kernels.work_list import WorkList
@@ -36,27 +36,11 @@ def _store_part(
 
 
 @triton.jit
-def _prefetch_b(
-    chunk, module, split, b_offset, RANK: tl.constexpr, OUT0: tl.constexpr, OUT1: tl.constexpr, OUT2: tl.constexpr,
-    NUM_SPLITS: tl.constexpr, THREADS: tl.constexpr,
-):  # fmt: skip
-    """Asks for a split's share of a module's B, which the expand behind the GEMM reads when nothing else is read."""
-    SIZE: tl.constexpr = RANK * chunk.dtype.element_ty.primitive_bitwidth // 8  # of an output
-    before = tl.where(module > 0, OUT0, 0) + tl.where(module > 1, OUT1, 0)
-    num_outputs = tl.where(module == 0, OUT0, tl.where(module == 1, OUT1, OUT2))
-    each = tl.cdiv(num_outputs, NUM_SPLITS * THREADS)
-    first = (split * THREADS + tl.arange(0, THREADS)) * each
-    num_bytes = tl.maximum(tl.minimum(num_outputs - first, each), 0) * SIZE
-    prefetch(chunk + b_offset + (before + first) * RANK, num_bytes)
-
-
-@triton.jit
 def _shrink_module(
     x, chunks, s, partials, records, tasks, scales, semaphores, task, module, split, x_stride, chunk_stride, a_offset,
-    b_offset, scales_stride, scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr,
-    MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr, NUM_SPLITS: tl.constexpr, OUT0: tl.constexpr, OUT1: tl.constexpr, OUT2: tl.constexpr,
-    PREFETCHERS: tl.constexpr, IS_EARLY: tl.constexpr,
+    scales_stride, scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr,
+    RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, NUM_SPLITS: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """A short segment through one module of a chunk: [RANK, BLOCK_ROWS]. Small and many, for latency."""
     ranks = tl.arange(0, RANK)
@@ -85,10 +69,6 @@ def _shrink_module(
                 a = tl.load(a_tile + block * BLOCK_K, mask=is_column[None, :], other=0.0)
                 values = tl.load(x_tile + block * BLOCK_K, mask=is_row[None, :] & is_column[:, None], other=0.0)
             total = tl.dot(a, values, total, input_precision="tf32x3")
-        if PREFETCHERS > 0:
-            _prefetch_b(
-                chunks + chunk * chunk_stride, module, split, b_offset, RANK, OUT0, OUT1, OUT2, NUM_SPLITS, PREFETCHERS
-            )
         mask = is_row[None, :] & (ranks[:, None] >= 0)
         semaphore = semaphores + task * NUM_MODULES + module
         _store_part(total, s, partials, place, mask, split, semaphore, plane_size, NUM_SPLITS, NUM_SPLITS)
@@ -135,12 +115,11 @@ def _shrink_all_modules(
 @triton.jit(do_not_specialize=["scale_index"])
 def _lora_shrink(
     x, chunks, s, partials, records, tasks, counts, scales, semaphores, long_records, long_tasks, long_counts,
-    long_scales, long_semaphores, x_stride, chunk_stride, a_offset, b_offset, scales_stride, scale_index, plane_size,
+    long_scales, long_semaphores, x_stride, chunk_stride, a_offset, scales_stride, scale_index, plane_size,
     K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, NUM_BLOCKS: tl.constexpr, NUM_SPLITS: tl.constexpr,
     LONG_RECORD: tl.constexpr, LONG_ROWS: tl.constexpr, LONG_K: tl.constexpr, LONG_BLOCKS: tl.constexpr,
-    LONG_SPLITS: tl.constexpr, PADDED: tl.constexpr, OUT0: tl.constexpr, OUT1: tl.constexpr, OUT2: tl.constexpr,
-    PREFETCHERS: tl.constexpr, IS_EARLY: tl.constexpr,
+    LONG_SPLITS: tl.constexpr, PADDED: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_start(IS_EARLY)
     num_long = 0
@@ -157,9 +136,9 @@ def _lora_shrink(
     for item in tl.range(first_behind(num_long), num_short, tl.num_programs(0)):
         _shrink_module(
             x, chunks, s, partials, records, tasks, scales, semaphores, item // (NUM_SPLITS * NUM_MODULES),
-            item // NUM_SPLITS % NUM_MODULES, item % NUM_SPLITS, x_stride, chunk_stride, a_offset, b_offset,
-            scales_stride, scale_index, plane_size, K, NUM_MODULES, MAX_CHUNKS, RANK, RECORD, BLOCK_ROWS, BLOCK_K,
-            NUM_BLOCKS, NUM_SPLITS, OUT0, OUT1, OUT2, PREFETCHERS, IS_EARLY,
+            item // NUM_SPLITS % NUM_MODULES, item % NUM_SPLITS, x_stride, chunk_stride, a_offset, scales_stride,
+            scale_index, plane_size, K, NUM_MODULES, MAX_CHUNKS, RANK, RECORD, BLOCK_ROWS, BLOCK_K, NUM_BLOCKS,
+            NUM_SPLITS, IS_EARLY,
         )  # fmt: skip
     wait_for_kernel_before(IS_EARLY)
 
@@ -175,7 +154,6 @@ def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, work: WorkList) -> Te
     assert in_features == site.in_features and x.stride(1) == 1 and x.dtype == chunks.dtype
     assert chunks.stride(1) == 1
     s = torch.empty(num_rows, work.max_chunks, num_modules * site.chunk_rank, dtype=torch.float32, device=x.device)
-    outs = [*site.out_features, 0, 0]
     short, long = work.tables
     shape = launch.shrink_shape(in_features, s.numel())
     long_shape = shape
@@ -190,15 +168,13 @@ def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, work: WorkList) -> Te
         _lora_shrink, launch.persistent_grid(x.device, num_items, 6),
         x, chunks, s, partials, short.records, short.tasks, short.counts, short.scales, short.semaphores,
         long.records, long.tasks, long.counts, long.scales, long.semaphores, x.stride(0), chunks.stride(0),
-        site.a_offset, site.b_offset, short.scales.stride(0),
-        site.layer * short.scales.shape[2] + site.first_module, s.numel(),
+        site.a_offset, short.scales.stride(0), site.layer * short.scales.shape[2] + site.first_module, s.numel(),
         num_warps=long_shape.num_warps, num_stages=long_shape.num_stages, early=True,
         K=in_features, NUM_MODULES=num_modules,
         MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
         BLOCK_K=shape.block_k, NUM_BLOCKS=shape.num_blocks, NUM_SPLITS=shape.num_splits,
         LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, LONG_K=long_shape.block_k,
         LONG_BLOCKS=long_shape.num_blocks, LONG_SPLITS=long_shape.num_splits,
-        OUT0=outs[0], OUT1=outs[1], OUT2=outs[2], PREFETCHERS=launch.prefetchers(work, long_shape.num_warps),
         PADDED=launch.padded(num_modules * site.chunk_rank),
     )  # fmt: skip
     return s
