@@ -115,7 +115,7 @@ def attention_decode(q: Tensor, cache: Tensor, out: Tensor, plan: PagedPlan, sca
     assert cache.stride()[1:] == (num_kv_heads * block_size * head_dim, block_size * head_dim, head_dim, 1)
     assert q.stride()[1:] == (head_dim, 1) and out.is_contiguous() and q.dtype == cache.dtype
     assert plan.block_tables.dtype == plan.context_lens.dtype == torch.int32 and plan.block_tables.stride(1) == 1
-    shape = launch.decode_shape(group_size, head_dim, q.element_size())
+    shape = launch.decode_shape(num_rows, group_size, head_dim, q.element_size())
     num_splits = launch.decode_splits(num_rows, num_kv_heads, q.device)
     size = num_rows * num_heads * num_splits if num_splits > 1 else 1
     launch.start(
