@@ -24,6 +24,7 @@ from kernels.gpu.lora_expand import lora_expand
 from kernels.gpu.lora_shrink import lora_shrink
 from kernels.gpu.rms_norm import add_rms_norm, rms_norm
 from kernels.gpu.rotary_store_kv import rotary_store_kv
+from kernels.gpu.sample import sample
 from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.paged_plan import PagedPlan
 from kernels.segments import LoraSite
@@ -32,6 +33,7 @@ from kernels.work_list import LoraDelta, WorkList
 SM_90 = GPUTarget("cuda", 90, 32)
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.float64: "*fp64",
 }  # fmt: skip
 
 
@@ -121,6 +123,11 @@ def _attention(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: 
         attention_prefill(q, cache, torch.empty_like(q), plan, 0.1)
 
 
+def _sample(dtype: torch.dtype, vocab_size: int) -> None:
+    numbers, integers = torch.zeros(4), torch.zeros(4, dtype=torch.int32)
+    sample(torch.zeros(4, vocab_size, dtype=dtype), numbers, integers, numbers, numbers, numbers.double(), integers)
+
+
 def main() -> None:
     compiler = Compiler()
     launch.start = compiler.start
@@ -152,6 +159,9 @@ def main() -> None:
         add_rms_norm(x, x.clone(), weight, 1e-5)
         silu_and_mul(x)
     argmax(torch.zeros(4, 128256, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int32))
+    compiler.label = "vocabulary"
+    for dtype, vocab_size in ((torch.bfloat16, 128256), (torch.bfloat16, 262144), (torch.float32, 49152)):
+        _sample(dtype, vocab_size)
     json.dump(compiler.results, sys.stdout, indent=1)
 
 
