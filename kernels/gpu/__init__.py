@@ -14,6 +14,7 @@ from kernels.gpu.lora_expand import lora_expand
 from kernels.gpu.lora_shrink import lora_shrink
 from kernels.gpu.rms_norm import add_rms_norm, rms_norm
 from kernels.gpu.rotary_store_kv import rotary_store_kv
+from kernels.gpu.sample import sample
 from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.paged_plan import PagedPlan
 
@@ -27,6 +28,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotary_store_kv",
+    "sample",
     "silu_and_mul",
 ]
 

@@ -73,6 +73,14 @@ class AttentionShape(NamedTuple):
     num_stages: int
 
 
+class SampleShape(NamedTuple):
+    """Of a program that draws a row's token."""
+
+    tile: int  # logits read at once
+    room: int  # for the logits at the top of a row
+    num_warps: int
+
+
 def start(
     kernel: Any,
     grid: tuple[int, ...],
@@ -288,3 +296,8 @@ def argmax_blocks(num_rows: int, vocab_size: int, device: torch.device) -> tuple
     num_loads = -(-vocab_size // block)
     per_row = max(1, min(num_loads, 16 * num_sms(device) // num_rows))
     return -(-num_loads // per_row) * block, block
+
+
+def sample_shape(vocab_size: int) -> SampleShape:
+    """One program reads all of a row, by itself: as many loads at once as its registers hold."""
+    return SampleShape(min(4096, padded(vocab_size)), min(8192, padded(vocab_size)), 8)

@@ -25,6 +25,7 @@ from kernels.gpu.lora_expand import lora_expand
 from kernels.gpu.lora_shrink import lora_shrink
 from kernels.gpu.rms_norm import add_rms_norm
 from kernels.gpu.rotary_store_kv import rotary_store_kv
+from kernels.gpu.sample import sample
 from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.paged_plan import PagedPlan
 from kernels.segments import LoraSite
@@ -46,6 +47,9 @@ GROUPS = {
     "down": (INTERMEDIATE, (HIDDEN,)),
 }
 PREFILL = 1024  # tokens
+# Temperature, top_k, top_p; the last is so flat that all of a row must be cut.
+SAMPLINGS = [("greedy", 0.0, 0, 1.0), ("plain", 1.0, 0, 1.0), ("top_k", 1.0, 40, 1.0), ("top_p", 0.7, 0, 0.9)]
+SAMPLINGS += [("flat", 5.0, 0, 0.9)]
 MIXES = [(1, 1), (16, 1), (16, 8), (64, 1), (64, 8), (64, 64), (256, 1), (256, 8), (256, 64)]
 
 
@@ -169,6 +173,16 @@ def base_kernels(m: int) -> Iterator[Row]:
     logits = randn(m, VOCAB)
     semaphores = torch.zeros(m, dtype=torch.int32, device="cuda")
     yield Row("argmax", m, 0, time_layers(lambda i: argmax(logits, semaphores)), 2 * m * VOCAB)
+    uniforms = torch.rand(m, dtype=torch.float64, device="cuda")
+    peaked = (torch.randn(m, VOCAB, device="cuda") * 3).to(BF16)
+    for label, temperature, top_k, top_p in SAMPLINGS:
+        numbers = [torch.full((m,), value, device="cuda") for value in (temperature, top_p, 0.0)]
+        top_ks = torch.full((m,), top_k, dtype=torch.int32, device="cuda")
+
+        def draw(i: int, n: list[Tensor] = numbers, k: Tensor = top_ks) -> Tensor:
+            return sample(peaked, n[0], k, n[1], n[2], uniforms, semaphores)
+
+        yield Row(f"sample {label}", m, 0, time_layers(draw), 2 * m * VOCAB)
     yield Row("argmax of torch", m, 0, time_layers(lambda i: logits.argmax(-1)), 2 * m * VOCAB)
 
 

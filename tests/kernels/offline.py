@@ -25,6 +25,7 @@ from kernels.gpu.lora_expand import lora_expand
 from kernels.gpu.lora_shrink import lora_shrink
 from kernels.gpu.rms_norm import add_rms_norm, rms_norm
 from kernels.gpu.rotary_store_kv import rotary_store_kv
+from kernels.gpu.sample import sample
 from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.paged_plan import PagedPlan
 from kernels.segments import LoraSite
@@ -33,6 +34,7 @@ from kernels.work_list import LoraDelta, WorkList
 SM_90 = GPUTarget("cuda", 90, 32)
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.float64: "*fp64",
 }  # fmt: skip
 
 
@@ -124,6 +126,11 @@ def _attention(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: 
         attention_prefill(q, cache, torch.empty_like(q), plan, 0.1)
 
 
+def _sample(dtype: torch.dtype, vocab_size: int) -> None:
+    numbers, integers = torch.zeros(4), torch.zeros(4, dtype=torch.int32)
+    sample(torch.zeros(4, vocab_size, dtype=dtype), numbers, integers, numbers, numbers, numbers.double(), integers)
+
+
 def main() -> None:
     compiler = Compiler()
     launch.start = compiler.start
@@ -162,6 +169,9 @@ def main() -> None:
         gate_up = torch.zeros(28672, 4096, dtype=torch.bfloat16)
         few_rows_linear(torch.zeros(num_rows, 4096, dtype=torch.bfloat16), gate_up, is_gated=True)
     argmax(torch.zeros(4, 128256, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int32))
+    compiler.label = "vocabulary"
+    for dtype, vocab_size in ((torch.bfloat16, 128256), (torch.bfloat16, 262144), (torch.float32, 49152)):
+        _sample(dtype, vocab_size)
     json.dump(compiler.results, sys.stdout, indent=1)
 
 
