@@ -87,7 +87,10 @@ class WorkList:
             num_segments += 1
         assert num_segments <= self.max_segments
         host[0:_NUM_COUNTS] = array("i", (num_segments, num_lora_segments, num_tasks, 0))
-        self._data[: len(host)].copy_(torch.frombuffer(host, dtype=torch.int32), non_blocking=True)
+        source = torch.frombuffer(host, dtype=torch.int32)
+        if self._data.is_cuda:  # from pageable memory the copy would wait for what is enqueued
+            source = source.pin_memory()
+        self._data[: len(host)].copy_(source, non_blocking=True)
         torch.index_select(self._slot_scales, 0, self._slots, out=self.scales)
 
     def _blocks(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:

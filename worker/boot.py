@@ -18,7 +18,7 @@ from worker.block_manager import BlockManager
 from worker.chunk_layout import ChunkLayout
 from worker.config import ConfigError, WorkerConfig
 from worker.device import Target, find_target
-from worker.engine import Engine, Runner
+from worker.engine import Engine
 from worker.kv_cache import KVCache
 from worker.mailbox import Message, Outbox, Stop
 from worker.memory import MIB, MemoryPlan, MemoryShortage, plan_memory
@@ -31,6 +31,7 @@ from worker.private_store import PrivateStore
 from worker.scheduler import Scheduler
 from worker.server import Server
 from worker.socket_file import EndpointError
+from worker.step_pipeline import Runner
 from worker.weights import load_model
 
 log = logging.getLogger(__name__)
@@ -208,6 +209,7 @@ def _make_engine(
         outbox,
         server.post,
         max_loras_per_batch=config.max_loras_per_batch,
+        runs_ahead=base.target.device.type == "cuda",
     )
 
 
@@ -223,9 +225,10 @@ def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None) -> 
         target.device,
     )
     if not target.uses_triton:
-        return ModelRunner(base.decoder, model, kv_cache, pool)
+        return ModelRunner(base.decoder, model, kv_cache, pool, max_rows=config.max_running_requests)
     # Imported here, so that a CPU server never loads Triton.
     from worker.decode_graphs import DecodeGraphs
+    from worker.last_tokens import LastTokens
     from worker.triton_runner import TritonRunner
 
     max_chunks = _max_chunks(config, base)
@@ -234,6 +237,7 @@ def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None) -> 
         model,
         kv_cache,
         pool,
+        LastTokens(model.vocab_size, config.max_running_requests, target.device),
         max_rows=min(config.cuda_graph_max_bs, config.max_running_requests),
         max_chunks=max_chunks,
         max_model_len=base.plan.max_model_len,

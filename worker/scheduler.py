@@ -3,6 +3,9 @@
 Order is arrival. Running sequences that only need their next token go first and always; prompts share what the step's
 prefill budget leaves, so no answer waits for a prompt. When KV runs out, the sequence that arrived last gives its
 blocks back and is computed again later; the oldest never has to, so every sequence comes to its end.
+
+The plan runs ahead of the tokens: a sequence whose newest token is pending is planned like any other. Blocks change
+hands at once, for what is launched later runs later.
 """
 
 import time
@@ -69,6 +72,7 @@ class Scheduler:
         self._clock = clock
         self._in_step: Counter[int] = Counter()  # running sequences of each adapter generation
         self._passed_since: dict[int, float] = {}  # sequence_id -> when it was first passed over
+        self._has_preempted = False  # in the step that is being planned
 
     def add(self, sequence: Sequence) -> Error | None:
         """Takes a sequence in, or says why it can never run."""
@@ -83,19 +87,26 @@ class Scheduler:
     def schedule(self) -> list[ScheduledSequence]:
         """The next step: answers first, then running prompts, then new sequences. Their blocks are allocated."""
         step: dict[int, ScheduledSequence] = {}
-        decodes = [sequence for sequence in self.running if sequence.num_uncomputed_tokens == 1]
-        prefills = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
+        self._has_preempted = False
+        unfinished = [sequence for sequence in self.running if not sequence.has_last_token]
+        decodes = [sequence for sequence in unfinished if sequence.num_uncomputed_tokens == 1]
         for sequence in decodes:
             self._extend(step, sequence, 1)
         budget = self._max_prefill_tokens
-        for sequence in prefills:
-            budget -= self._extend(step, sequence, min(budget, sequence.num_uncomputed_tokens))
-        self._admit(step, budget)
+        if len(decodes) < len(unfinished):
+            for sequence in unfinished:
+                if sequence.num_uncomputed_tokens > 1:
+                    budget -= self._extend(step, sequence, min(budget, sequence.num_uncomputed_tokens))
+        # Who gave its blocks back must not come straight in again; and it may be part of the step before, which
+        # has come to its end when the next one is planned.
+        if not self._has_preempted:
+            self._admit(step, budget)
         return list(step.values())
 
     def collect(self, scheduled: ScheduledSequence) -> None:
-        """Takes note that a sequence's share of the step was computed; call it before the new token is appended."""
-        self._blocks.commit(scheduled.sequence, scheduled.num_tokens)
+        """Takes note that a sequence's share of a step is done; call it before the new token is appended."""
+        if scheduled.sequence.status is SequenceStatus.RUNNING:  # else its blocks are others' by now
+            self._blocks.publish(scheduled.sequence, scheduled.start, scheduled.end)
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence wherever it is, and frees what it holds at once."""
@@ -124,16 +135,18 @@ class Scheduler:
         if num_tokens == 0 or sequence.status is not SequenceStatus.RUNNING:  # preempted earlier in this step
             return 0
         while not self._blocks.allocate(sequence, num_tokens):
-            youngest = self.running[-1]
-            step.pop(youngest.sequence_id, None)
-            self._preempt(youngest)
-            if youngest is sequence:
+            # Who only waits for the last step's token to be known needs no blocks any more.
+            victim = next((other for other in self.running if other.has_last_token), self.running[-1])
+            step.pop(victim.sequence_id, None)
+            self._preempt(victim)
+            if victim is sequence:
                 return 0
-        step[sequence.sequence_id] = ScheduledSequence(sequence, num_tokens)
+        step[sequence.sequence_id] = sequence.share(num_tokens)
         return num_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
+        self._has_preempted = True
         sequence.status = SequenceStatus.WAITING
         sequence.num_preemptions += 1
         self.num_preemptions += 1
@@ -177,6 +190,7 @@ class Scheduler:
 
     def _attach_blocks(self, sequence: Sequence, budget: int) -> bool:
         """Gives a waiting sequence its first blocks, if all its tokens fit beside what running ones need next."""
+        assert not sequence.num_pending
         num_cached = self._blocks.attach_prefix(sequence)
         missing = self._blocks.blocks_for(len(sequence.token_ids)) - len(sequence.block_table)
         if missing + self._promised() <= self._blocks.num_free:
@@ -189,8 +203,8 @@ class Scheduler:
 
     def _promised(self) -> int:
         """Blocks that running sequences still need for the tokens they have and the next one."""
-        blocks_for = self._blocks.blocks_for
-        return sum(max(0, blocks_for(len(s.token_ids) + 1) - len(s.block_table)) for s in self.running)
+        blocks_for, unfinished = self._blocks.blocks_for, [s for s in self.running if not s.has_last_token]
+        return sum(max(0, blocks_for(s.num_tokens + 1) - len(s.block_table)) for s in unfinished)
 
     def _acquire(self, sequence: Sequence) -> Admission:
         if sequence.generation == BASE_GENERATION:
@@ -210,7 +224,7 @@ class Scheduler:
         if not sequence.num_preemptions:
             self.num_prefix_queries += sequence.num_prompt_tokens
             self.num_prefix_hits += sequence.num_cached_tokens
-        return ScheduledSequence(sequence, min(budget, sequence.num_uncomputed_tokens))
+        return sequence.share(min(budget, sequence.num_uncomputed_tokens))
 
     def _waited_too_long(self, sequence: Sequence) -> bool:
         now = self._clock()

@@ -2,9 +2,10 @@
 
     python -m tests.bench.bench_step [--context 512] [--rank 16] [--csv FILE] [--machine NAME] [--commit HASH]
 
-A step is what the worker runs: rows laid out, inputs copied, one graph replayed, tokens read back. Its floor is the
-bytes of weights and KV at 4.2 TB/s, or 790 TFLOP/s. GPU busy is the graph's own time, replayed back to back, over the
-step's. Adapters are dealt to the rows round robin.
+A step is what the worker runs, one step ahead: rows laid out, inputs copied, one graph replayed, and meanwhile the
+step before's tokens read back. Its floor is the bytes of weights and KV at 4.2 TB/s, or 790 TFLOP/s. GPU busy is the
+graph's own time, replayed back to back, over the step's; launch is the host's part of a step. Adapters are dealt to
+the rows round robin.
 """
 
 import argparse
@@ -25,10 +26,12 @@ from worker.adapter_weights import PackedAdapter
 from worker.chunk_layout import MODULES
 from worker.decode_graphs import DecodeGraphs
 from worker.kv_cache import KVCache
+from worker.last_tokens import LastTokens
+from worker.launched_step import LaunchedStep
 from worker.layers.ops import triton_ops
 from worker.model_config import ModelConfig, Rope
 from worker.models.decoder import Decoder
-from worker.sequence import ScheduledSequence, Sequence
+from worker.sequence import Sequence
 from worker.triton_runner import TritonRunner
 
 DEVICE = torch.device("cuda")
@@ -95,9 +98,9 @@ class Bench:
         for i in range(NUM_ADAPTERS):
             pool.upload(i + 1, packed, range(i * num_chunks, (i + 1) * num_chunks))
         start = time.perf_counter()
-        self.graphs = DecodeGraphs(
-            model, config, cache, pool, max_rows=MAX_ROWS, max_chunks=num_chunks, max_model_len=MAX_MODEL_LEN
-        )
+        last_tokens = LastTokens(config.vocab_size, MAX_ROWS, DEVICE)
+        limits = {"max_rows": MAX_ROWS, "max_chunks": num_chunks, "max_model_len": MAX_MODEL_LEN}
+        self.graphs = DecodeGraphs(model, config, cache, pool, last_tokens, **limits)
         self.capture_s = time.perf_counter() - start
         self.runner = TritonRunner(model, config, cache, pool, max_chunks=num_chunks, graphs=self.graphs)
 
@@ -106,19 +109,34 @@ class Bench:
         gemm = max(self.weight_bytes / BYTES_PER_SECOND, num_rows * self.weight_bytes / FLOPS_PER_SECOND)
         return 1e3 * (gemm + num_rows * self.context * self.kv_bytes / BYTES_PER_SECOND)
 
-    def step_ms(self, num_rows: int, num_adapters: int) -> tuple[float, float]:
-        """Milliseconds of a step as the worker runs it, and of its graph alone."""
+    def step_ms(self, num_rows: int, num_adapters: int) -> tuple[float, float, float]:
+        """Milliseconds of a step as the worker runs it, of its graph alone, and of the host to launch it."""
         sequences = [self._sequence(i, 1 + i % num_adapters if num_adapters else 0) for i in range(num_rows)]
-        batch = [ScheduledSequence(sequence, 1) for sequence in sequences]
-        times = []
+        self._collect(sequences, self._launch(sequences))  # lays out the block tables
+        steps = [self._launch(sequences)]
+        launches = []
+        torch.cuda.synchronize()
+        start = time.perf_counter()
         for _ in range(STEPS):
-            start = time.perf_counter()
-            samples = self.runner.run(batch)
-            times.append(1e3 * (time.perf_counter() - start))
-            for sequence, sample in zip(sequences, samples, strict=True):
-                sequence.num_computed_tokens += 1
-                sequence.token_ids.append(sample.token_id)
-        return statistics.median(times[4:]), self._replay_ms(num_rows, num_adapters > 0)
+            before_launch = time.perf_counter()
+            steps.append(self._launch(sequences))
+            launches.append(1e3 * (time.perf_counter() - before_launch))
+            self._collect(sequences, steps.pop(0))
+        torch.cuda.synchronize()
+        step_ms = 1e3 * (time.perf_counter() - start) / STEPS
+        return step_ms, self._replay_ms(num_rows, num_adapters > 0), statistics.median(launches)
+
+    def _launch(self, sequences: list[Sequence]) -> LaunchedStep:
+        shares = [sequence.share(1) for sequence in sequences]
+        step = self.runner.launch(shares)
+        for share in shares:
+            share.book()
+        return step
+
+    def _collect(self, sequences: list[Sequence], step: LaunchedStep) -> None:
+        for sequence, sample in zip(sequences, step.collect(), strict=True):
+            sequence.num_pending -= 1
+            sequence.token_ids.append(sample.token_id)
 
     def _replay_ms(self, num_rows: int, has_adapters: bool) -> float:
         """The last step's graph again and again: its inputs stand in its buffers."""
@@ -145,8 +163,9 @@ class Bench:
 
 def measure(bench: Bench, num_rows: int, num_adapters: int, base_ms: float | None) -> dict[str, float]:
     """One case's metrics. base_ms: the same rows' graph without adapters."""
-    step_ms, graph_ms = bench.step_ms(num_rows, num_adapters)
+    step_ms, graph_ms, launch_ms = bench.step_ms(num_rows, num_adapters)
     metrics = {"step_ms": step_ms, "graph_ms": graph_ms, "busy_percent": 100 * graph_ms / step_ms}
+    metrics["launch_ms"] = launch_ms
     metrics["graph_over_floor"] = graph_ms / bench.floor_ms(num_rows)
     if base_ms is not None:
         metrics["lora_overhead_percent"] = 100 * (graph_ms / base_ms - 1)

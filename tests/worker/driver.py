@@ -9,6 +9,7 @@ import torch
 from protocol.sampling import SamplingParams
 from worker.adapter_pool import AdapterPool
 from worker.kv_cache import KVCache
+from worker.launched_step import LaunchedStep
 from worker.model_runner import ModelRunner
 from worker.sequence import Sample, ScheduledSequence, Sequence
 from worker.weights import load_model
@@ -50,16 +51,22 @@ class Driver:
 
     def step(self, batch: list[tuple[Sequence, int]]) -> None:
         """Runs one step of (sequence, num_tokens) and books its results as an engine would."""
-        scheduled = [ScheduledSequence(sequence, num_tokens) for sequence, num_tokens in batch]
         block_size = self.runner.kv_cache.block_size
         for sequence, num_tokens in batch:
             while len(sequence.block_table) * block_size < sequence.num_computed_tokens + num_tokens:
                 sequence.block_table.append(self.free.pop())
-        sampled = [entry.sequence for entry in scheduled if entry.samples]
-        samples = self.runner.run(scheduled)
-        for sequence, num_tokens in batch:
-            sequence.num_computed_tokens += num_tokens
-        for sequence, sample in zip(sampled, samples, strict=True):
+        shares = [sequence.share(num_tokens) for sequence, num_tokens in batch]
+        step = self.runner.launch(shares)
+        for share in shares:
+            share.book()
+        self.collect(shares, step)
+
+    def collect(self, shares: list[ScheduledSequence], step: LaunchedStep) -> None:
+        """Takes in the samples of a step that was launched and booked."""
+        step.sample_late()
+        sampled = [share.sequence for share in shares if share.samples]
+        for sequence, sample in zip(sampled, step.collect(), strict=True):
+            sequence.num_pending -= 1
             sequence.token_ids.append(sample.token_id)
             self.samples[sequence.sequence_id].append(sample)
 
