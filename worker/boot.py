@@ -137,6 +137,8 @@ def _plan(config: WorkerConfig, model: ModelConfig, target: Target) -> MemoryPla
         block_bytes=block_bytes,
         chunk_bytes=chunk_bytes,
         available_bytes=available,
+        mem_fraction=target.mem_fraction,
+        max_running_requests=target.max_running_requests,
         takes_all=target.device.type == "cuda",
     )
     log.info(
@@ -194,8 +196,8 @@ def _make_engine(
     scheduler = Scheduler(
         blocks,
         adapters,
-        max_running=config.max_running_requests,
-        max_prefill_tokens=config.chunked_prefill_size,
+        max_running=base.target.max_running_requests,
+        max_prefill_tokens=base.target.chunked_prefill_size,
         max_adapters=config.max_loras_per_batch,
         max_overtake_s=config.lora_drain_wait_threshold,
     )
@@ -225,7 +227,7 @@ def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None) -> 
         target.device,
     )
     if not target.uses_triton:
-        return ModelRunner(base.decoder, model, kv_cache, pool, max_rows=config.max_running_requests)
+        return ModelRunner(base.decoder, model, kv_cache, pool, max_rows=target.max_running_requests)
     # Imported here, so that a CPU server never loads Triton.
     from worker.decode_graphs import DecodeGraphs
     from worker.last_tokens import LastTokens
@@ -237,13 +239,13 @@ def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None) -> 
         model,
         kv_cache,
         pool,
-        LastTokens(model.vocab_size, config.max_running_requests, target.device),
-        max_rows=min(config.cuda_graph_max_bs, config.max_running_requests),
+        LastTokens(model.vocab_size, target.max_running_requests, target.device),
+        max_rows=min(config.cuda_graph_max_bs, target.max_running_requests),
         max_chunks=max_chunks,
         max_model_len=base.plan.max_model_len,
     )
     runner = TritonRunner(base.decoder, model, kv_cache, pool, max_chunks=max_chunks, graphs=graphs)
-    runner.warm_up(config.chunked_prefill_size)
+    runner.warm_up(target.chunked_prefill_size)
     return runner
 
 

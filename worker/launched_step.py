@@ -49,7 +49,8 @@ class LaunchedStep:
     def sample_late(self) -> None:
         """Enqueues the sampling of the rows that wait for the tokens of the step before."""
         if self._late:
-            self._choose(self._late)
+            late, self._late = self._late, []
+            self._choose(late)
             self._bring_home()
 
     def collect(self) -> list[Sample]:

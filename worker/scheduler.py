@@ -1,7 +1,8 @@
 """Scheduler: which tokens of which sequences the next step computes.
 
-Order is arrival. Running sequences that only need their next token go first and always; prompts share what the step's
-prefill budget leaves, so no answer waits for a prompt. When KV runs out, the sequence that arrived last gives its
+Order is arrival. Running sequences that only need their next token go first and always; prompts share the step's
+prefill budget, so no answer waits for a prompt. A prompt longer than the budget leaves half of it to shorter ones, so
+that these do not wait for a long one either. When KV runs out, the sequence that arrived last gives its
 blocks back and is computed again later; the oldest never has to, so every sequence comes to its end.
 
 The plan runs ahead of the tokens: a sequence whose newest token is pending is planned like any other. Blocks change
@@ -92,15 +93,9 @@ class Scheduler:
         decodes = [sequence for sequence in unfinished if sequence.num_uncomputed_tokens == 1]
         for sequence in decodes:
             self._extend(step, sequence, 1)
-        budget = self._max_prefill_tokens
-        if len(decodes) < len(unfinished):
-            for sequence in unfinished:
-                if sequence.num_uncomputed_tokens > 1:
-                    budget -= self._extend(step, sequence, min(budget, sequence.num_uncomputed_tokens))
-        # Who gave its blocks back must not come straight in again; and it may be part of the step before, which
-        # has come to its end when the next one is planned.
-        if not self._has_preempted:
-            self._admit(step, budget)
+        is_running = SequenceStatus.RUNNING  # some may just have been preempted
+        prefills = [s for s in unfinished if s.num_uncomputed_tokens > 1 and s.status is is_running]
+        self._schedule_prefills(step, prefills)
         return list(step.values())
 
     def collect(self, scheduled: ScheduledSequence) -> None:
@@ -127,6 +122,26 @@ class Scheduler:
         assert len(self._in_step) <= self._max_adapters and len(self.running) <= self._max_running
         assert self._passed_since.keys() <= {sequence.sequence_id for sequence in self.waiting}
         self._blocks.check_integrity(self.running)
+
+    # ---------------------------------------------------------------------------------------------- prompts
+
+    def _schedule_prefills(self, step: dict[int, ScheduledSequence], prefills: list[Sequence]) -> None:
+        """Spends the prefill budget on running prompts and on new sequences."""
+        budget = self._max_prefill_tokens
+        long = prefills.pop(0) if prefills and prefills[0].num_uncomputed_tokens > budget else None
+        if long is not None:
+            budget -= self._extend(step, long, budget - budget // 2)
+        for sequence in prefills:
+            if long is None or sequence.num_uncomputed_tokens <= budget:
+                budget -= self._extend(step, sequence, min(budget, sequence.num_uncomputed_tokens))
+        # Who gave its blocks back must not come straight in again; and it may be part of the step before, which
+        # has come to its end when the next one is planned.
+        if not self._has_preempted:
+            budget = self._admit(step, budget, must_end=long is not None)
+        if long is not None and long.sequence_id in step and budget:  # what the others have left
+            num_tokens = min(step[long.sequence_id].num_tokens + budget, long.num_uncomputed_tokens)
+            if self._blocks.allocate(long, num_tokens):
+                step[long.sequence_id] = long.share(num_tokens)
 
     # ------------------------------------------------------------------------------------ running sequences
 
@@ -163,16 +178,21 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------- admission
 
-    def _admit(self, step: dict[int, ScheduledSequence], budget: int) -> None:
-        """Starts waiting sequences in order of arrival while budget, blocks and adapters allow."""
+    def _admit(self, step: dict[int, ScheduledSequence], budget: int, must_end: bool) -> int:
+        """Starts waiting sequences in order of arrival while budget, blocks and adapters allow.
+
+        must_end: only those that the budget is enough for. Returns what is left of it.
+        """
         refused: dict[int, Admission] = {}  # by generation: the same for whoever asks next in this step
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self._max_running:
-                return
+                break
+            if must_end and len(sequence.token_ids) > budget:
+                continue
             admission = refused.get(sequence.generation) or self._ask_adapter_limit(sequence.generation)
             if admission is Admission.GRANTED:
                 if not self._attach_blocks(sequence, budget):
-                    return  # without overtaking here, a long prompt gets its blocks in the end
+                    break  # without overtaking here, a long prompt gets its blocks in the end
                 admission = self._acquire(sequence)
             if admission is Admission.GRANTED:
                 scheduled = self._start(sequence, budget)
@@ -181,7 +201,8 @@ class Scheduler:
                 continue
             refused[sequence.generation] = admission
             if admission is Admission.FULL and self._waited_too_long(sequence):
-                return
+                break
+        return budget
 
     def _ask_adapter_limit(self, generation: int) -> Admission:
         if generation == BASE_GENERATION or generation in self._in_step or len(self._in_step) < self._max_adapters:

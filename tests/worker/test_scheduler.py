@@ -53,6 +53,28 @@ def test_a_step_computes_at_most_its_prefill_budget_beside_the_answers() -> None
     assert all(harness.tokens(i) == answer(list(range(7 * i, 7 * i + 7)), 3) for i in range(6))
 
 
+def test_short_prompts_pass_a_long_one_that_still_gets_half_of_each_step() -> None:
+    harness = Harness(max_prefill_tokens=8)
+    tokens_of_long: list[int] = []
+    harness.runner.on_run = lambda batch: tokens_of_long.extend(
+        s.num_tokens for s in batch if s.sequence.sequence_id == 1 and not s.output_position > 0
+    )
+    start(harness, 1, list(range(60)), 2)
+    harness.step()
+    start(harness, 2, list(range(100, 160)), 2)  # as long: it waits
+    for request_id in range(3, 9):
+        start(harness, request_id, [request_id] * 3, 2)
+    for _ in range(8):
+        harness.step()
+        assert not harness.outputs(1) and not harness.outputs(2)
+    assert all(len(harness.tokens(request_id)) == 2 for request_id in range(3, 9))
+    harness.drain()
+    assert sum(tokens_of_long) == 60 and min(tokens_of_long[:-1]) >= 4
+    assert tokens_of_long[0] == 8, "alone it gets all"
+    assert harness.tokens(1) == answer(list(range(60)), 2)
+    assert harness.tokens(2) == answer(list(range(100, 160)), 2)
+
+
 def test_a_cached_prefix_is_reported_and_changes_nothing() -> None:
     harness = Harness()
     start(harness, 1, list(range(13)), 3)
