@@ -223,6 +223,93 @@ def test_status_counts() -> None:
     assert harness.engine.status().kv_blocks_free == status.kv_blocks_total
 
 
+def test_the_age_of_a_step_that_hangs_is_seen() -> None:
+    harness = Harness()
+    harness.put(Start(OWNER, generate(1, [1, 2, 3], 8)))
+    harness.step()
+    launch, ages = harness.runner.launch, []
+
+    def launch_slow(batch: list[ScheduledSequence]) -> FakeStep:
+        step = launch(batch)
+        collect = step.collect
+
+        def hang() -> list[Sample]:
+            harness.now += 7.0
+            ages.append(harness.engine.status().step_age_ms)
+            return collect()
+
+        step.collect = hang  # type: ignore[method-assign]
+        return step
+
+    harness.runner.launch = launch_slow  # type: ignore[method-assign]
+    harness.drain()
+    assert len(ages) == 7 and set(ages) == {7000}
+    assert harness.engine.status().step_age_ms == 0
+
+
+def test_an_end_of_text_that_is_found_a_step_late_leaves_nothing_behind() -> None:
+    """Its blocks go to the next sequence at once, while the step that computes one token too many is under way."""
+    eos_odds = 3
+    prompts = [[i, i + 1, i + 2] for i in range(60)]
+    expected = [answer(prompt, 12, "", eos_odds) for prompt in prompts]
+    harness = Harness(num_blocks=4, block_size=4, max_running=2, eos_odds=eos_odds)
+    batches: list[int] = []
+    harness.runner.on_run = lambda batch: batches.append(len(batch))
+    for request_id, prompt in enumerate(prompts):
+        harness.put(Start(OWNER, generate(request_id, prompt, 12)))
+    harness.drain()
+    assert [harness.tokens(i) for i in range(60)] == expected
+    num_tokens = sum(map(len, expected))
+    assert sum(batches) > num_tokens, "some rows were computed for nothing"
+    assert harness.engine.status().generation_tokens_total == num_tokens
+    # What stood behind an end of text was never published.
+    for request_id, prompt in enumerate(prompts[:20], start=100):
+        harness.put(Start(OWNER, generate(request_id, prompt + expected[request_id - 100], 3)))
+    harness.drain()
+    for request_id, prompt in enumerate(prompts[:20], start=100):
+        assert harness.tokens(request_id) == answer(prompt + expected[request_id - 100], 3, "", eos_odds)
+
+
+def test_many_that_end_in_one_step_are_all_told_and_no_step_is_launched_for_them() -> None:
+    harness = Harness()
+    batches: list[int] = []
+    harness.runner.on_run = lambda batch: batches.append(len(batch))
+    for request_id in range(8):
+        harness.put(Start(OWNER, generate(request_id, [request_id], 5)))
+    harness.drain()
+    assert batches == [8] * 5, "the end at max_tokens is foreseen"
+    (last,) = [event for _, event in harness.mail[-1:] if isinstance(event, Outputs)]
+    assert [output.finish_reason for output in last.outputs] == [FinishReason.LENGTH] * 8
+
+
+def test_the_last_token_is_not_held_back() -> None:
+    harness = Harness()
+    harness.put(Start(OWNER, generate(1, [1], 1)))
+    harness.engine.step()
+    assert harness.tokens(1) == []
+    harness.engine.step()  # nothing to launch: what is under way is collected, without waiting for a message
+    assert harness.tokens(1) == answer([1], 1)
+
+
+def test_a_sequence_that_is_gone_while_its_step_is_under_way_is_never_heard_of_again() -> None:
+    harness = Harness(num_blocks=4, block_size=2, max_loras_per_batch=1, num_chunks=1)
+    for request_id, name in enumerate("ab", start=50):
+        harness.put(Admin(OWNER, LoadAdapter(request_id=request_id, name=name, source=f"content-{name}")))
+    harness.step(2)
+    harness.put(Start(OWNER, generate(1, [1, 2], 5, generation=1)))
+    harness.step(2)
+    harness.put(Cancel(OWNER, 1))
+    harness.put(Start(OWNER, generate(2, [1, 2], 5, generation=2)))  # takes its blocks, its chunk and its place
+    harness.step()
+    assert harness.pool.contents == {2: "content-b"}
+    harness.put(Admin(OWNER, UnloadAdapter(request_id=60, name="b", timeout_ms=1000, force=True)))
+    harness.put(Start(OWNER, generate(3, [1, 2], 5)))
+    harness.drain()
+    assert harness.tokens(1) == answer([1, 2], 5, "content-a")[: len(harness.tokens(1))]
+    assert harness.outputs(2)[-1].error.code is ErrorCode.ADAPTER_GONE  # type: ignore[union-attr]
+    assert harness.tokens(3) == answer([1, 2], 5)
+
+
 def wait_for(condition: object, timeout_s: float = 10.0) -> None:
     """Polls for what another thread does; fails after timeout_s."""
     deadline = threading.Event()

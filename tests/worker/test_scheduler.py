@@ -1,13 +1,16 @@
 """The plan of each step: answers first, order of arrival, preemption that changes nothing, no starvation."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.errors import ErrorCode
 from protocol.messages import FinishReason, LoadAdapter
-from tests.worker.fakes import OWNER, Harness, answer, generate
+from tests.worker.fakes import OWNER, FakeRunner, FakeStep, Harness, answer, generate
 from worker.mailbox import Admin, Cancel, Start
+from worker.sequence import Sample, ScheduledSequence
 
 
 def start(harness: Harness, request_id: int, prompt: list[int], max_tokens: int = 8, **fields: object) -> None:
@@ -195,6 +198,25 @@ def test_abort_frees_at_once_wherever_the_sequence_is() -> None:
     assert harness.engine.status().num_running == harness.engine.status().num_waiting == 0
 
 
+def fail_together(runner: FakeRunner, failures: dict[int, str]) -> None:
+    """Lets the given calls fail, of steps of more than one sequence: alone, each succeeds."""
+    launch, numbers = runner.launch, itertools.count(1)
+
+    def fail() -> list[Sample]:
+        raise FloatingPointError("no")
+
+    def launch_or_fail(batch: list[ScheduledSequence]) -> FakeStep:
+        where = failures.get(next(numbers)) if len(batch) > 1 else None
+        if where == "launch":
+            fail()
+        step = launch(batch)
+        if where is not None:
+            setattr(step, where, fail)
+        return step
+
+    runner.launch = launch_or_fail  # type: ignore[method-assign]
+
+
 requests = st.tuples(
     st.integers(0, 3),  # generation
     st.integers(0, 2),  # prompt family: prefixes are shared
@@ -214,6 +236,7 @@ events = st.lists(st.one_of(requests, st.integers(0, 30), st.none()), max_size=4
     st.sampled_from(["lru", "fifo"]),
     st.sampled_from([(True, True), (True, True), (True, False), (False, False)]),
     st.sampled_from([0, 5]),
+    st.dictionaries(st.integers(1, 40), st.sampled_from(["launch", "sample_late", "collect"]), max_size=4),
 )
 def test_any_history_leaves_every_answer_exact_and_nothing_behind(
     history: list,
@@ -224,8 +247,9 @@ def test_any_history_leaves_every_answer_exact_and_nothing_behind(
     policy: str,
     ahead_and_lazy: tuple[bool, bool],
     eos_odds: int,
+    failures: dict[int, str],
 ) -> None:
-    """A tuple arrives, a number aborts that request, None lets a step pass."""
+    """A tuple arrives, a number aborts that request, None lets a step pass. failures: what fails in which step."""
     harness = Harness(
         num_blocks=num_blocks,
         block_size=4,
@@ -239,7 +263,9 @@ def test_any_history_leaves_every_answer_exact_and_nothing_behind(
         runs_ahead=ahead_and_lazy[0],
         lazy=ahead_and_lazy[1],
         eos_odds=eos_odds,
+        may_fail=bool(failures),
     )
+    fail_together(harness.runner, failures)
     load(harness, "a", "b")
     load(harness, "c", rank=40)
     asked: dict[int, tuple[list[int], int, str]] = {}
