@@ -80,7 +80,10 @@ class SegmentTable:
                 host[place : place + _TASK_SIZE] = array("i", (i, j, chunk_id, 0))
                 num_tasks += 1
         host[0:_NUM_COUNTS] = array("i", (len(segments), num_lora_segments, num_tasks, 0))
-        self._data[: len(host)].copy_(torch.frombuffer(host, dtype=torch.int32), non_blocking=True)
+        source = torch.frombuffer(host, dtype=torch.int32)
+        if self._data.is_cuda:  # from pageable memory the copy would wait for what is enqueued
+            source = source.pin_memory()
+        self._data[: len(host)].copy_(source, non_blocking=True)
         torch.index_select(self._slot_scales, 0, self._slots, out=self.scales)
 
     def _append(self, host: "array[int]", segment: Segment) -> None:
