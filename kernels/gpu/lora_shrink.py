@@ -152,13 +152,13 @@ def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, work: WorkList) -> Te
     long_shape = shape
     if work.long:
         long_shape = launch.long_shrink_shape(in_features, num_rows, long.block_rows, x.element_size(), x.device)
-    num_items = short.max_tasks * num_modules * shape.num_splits
+    num_items = short.num_tasks * num_modules * shape.num_splits
     if work.long:
-        num_items += long.max_tasks * long_shape.num_splits
+        num_items += long.num_tasks * long_shape.num_splits
     num_planes = max(shape.num_splits, long_shape.num_splits)
     partials = torch.empty(num_planes, s.numel(), dtype=torch.float32, device=x.device) if num_planes > 1 else s
     launch.start(
-        _lora_shrink, launch.persistent_grid(x.device, num_items, 6),
+        _lora_shrink, launch.work_grid(work, x.device, num_items, 6),
         x, chunks, s, partials, short.records, short.tasks, short.counts, short.scales, short.semaphores,
         long.records, long.tasks, long.counts, long.scales, long.semaphores, x.stride(0), chunks.stride(0),
         site.a_offset, short.scales.stride(0), site.layer * short.scales.shape[2] + site.first_module, s.numel(),
