@@ -168,7 +168,7 @@ def shrink_shape(in_features: int, num_sums: int) -> ShrinkShape:
 def long_shrink_shape(
     in_features: int, max_rows: int, rows: int, element_size: int, device: torch.device
 ) -> ShrinkShape:
-    """Of long segments: just enough work items to fill the GPU. Splits are powers of two: few kernels to compile."""
+    """Of long segments: just enough work items to fill the GPU. Splits are powers of two: even pieces, as a rule."""
     block_k = 64 if element_size <= 2 else 32
     num_loads = -(-in_features // block_k)
     most = min(num_sms(device) // -(-max_rows // rows), num_loads // 4)
