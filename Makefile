@@ -50,6 +50,7 @@ test-gpu: $(VENV)/.dev ## The tests that need a GPU
 
 bench: $(VENV)/.dev ## Measure on this machine; appends to tests/bench/results.csv
 	$(BIN)/python -m tests.bench.bench_cpu_decode --csv tests/bench/results.csv
+	$(BIN)/python -m tests.bench.bench_engine --csv tests/bench/results.csv
 	$(BIN)/python -m tests.bench.bench_gateway --csv tests/bench/results.csv
 
 bench-gpu: $(VENV)/.dev ## Measure decode steps and kernels on this machine's GPU
