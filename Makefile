@@ -50,6 +50,7 @@ test-gpu: $(VENV)/.dev ## The tests that need a GPU
 
 bench: $(VENV)/.dev ## Measure what this machine can; appends to tests/bench/results.csv and draws the plots
 	$(BIN)/python -m tests.bench.bench_cpu_decode --csv tests/bench/results.csv
+	$(BIN)/python -m tests.bench.bench_engine --csv tests/bench/results.csv
 	$(BIN)/python -m tests.bench.bench_gateway --csv tests/bench/results.csv
 	@if nvidia-smi >/dev/null 2>&1; then $(MAKE) bench-gpu; fi
 	$(MAKE) bench-plots

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels.gpu import argmax, launch, sample
 from protocol.sampling import SamplingParams
 from worker.adapter_pool import AdapterPool
 from worker.decode_graphs import DecodeGraphs
@@ -17,7 +17,7 @@ from worker.layers.step import Lora
 from worker.model_config import ModelConfig
 from worker.models.decoder import Decoder
 from worker.paged_input import BUCKETS, Adapted, EagerStep, StepRows, adapted_rows, eager_step, lay_out, work_list
-from worker.sampler import Sampler
+from worker.sampler import Draws, Sampler
 from worker.sequence import ScheduledSequence, Sequence
 
 WARM_UP_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -48,7 +48,7 @@ class TritonRunner:
         self._max_chunks = max_chunks
         self._graphs = graphs
         self._buckets = graphs.buckets if graphs is not None else BUCKETS
-        self._sampler = Sampler(config.eos_token_ids)
+        self._sampler = Sampler(config.eos_token_ids, _draw)
         device = kv_cache.data.device
         self._side = SideStream(device) if device.type == "cuda" else None
         self._last_tokens = LastTokens(config.vocab_size, max_rows, device) if graphs is None else graphs.last_tokens
@@ -103,6 +103,13 @@ class TritonRunner:
         if not eager.sampled:
             return hidden[:0], torch.empty(0, dtype=torch.int64, device=hidden.device)
         logits = self.model.logits(hidden.index_select(0, eager.sample_rows))
-        tokens = reference.argmax(logits)
+        tokens = argmax(logits, launch.semaphores(logits.device))
         self._last_tokens.keep(tokens)
         return logits, tokens
+
+
+def _draw(logits: Tensor, draws: Draws) -> Tensor:
+    """worker.sampler.sample_tokens as kernels."""
+    top_ks = draws.top_k.masked_fill(draws.top_k >= logits.shape[1], 0).int()
+    semaphores = launch.semaphores(logits.device)
+    return sample(logits, draws.temperatures, top_ks, draws.top_p.float(), draws.min_p, draws.uniforms, semaphores)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.reference_sampling import sample
 from protocol.sampling import SamplingParams
-from worker.sampler import sample_tokens
+from worker.sampler import Draws, sample_tokens
 
 PARAMS = [
     SamplingParams(max_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -31,20 +31,27 @@ def twin(logits: Tensor, params: list[SamplingParams], uniforms: Tensor) -> list
     return tokens
 
 
+def the_workers(logits: Tensor, uniforms: Tensor) -> list[int]:
+    tokens: list[int] = sample_tokens(
+        logits, Draws.of(PARAMS, uniforms.tolist(), logits.shape[1], logits.device)
+    ).tolist()
+    return tokens
+
+
 @pytest.mark.parametrize("spread", [0.5, 3.0, 20.0])
 def test_picks_as_the_worker_does(spread: float) -> None:
     draw = torch.Generator().manual_seed(1)
     for _ in range(20):
         logits = torch.randn(len(PARAMS), 700, generator=draw) * spread
         uniforms = torch.rand(len(PARAMS), dtype=torch.float64, generator=draw)
-        assert twin(logits, PARAMS, uniforms) == sample_tokens(logits, PARAMS, uniforms.tolist())
+        assert twin(logits, PARAMS, uniforms) == the_workers(logits, uniforms)
 
 
 def test_picks_as_the_worker_does_among_equals() -> None:
     logits = torch.randn(len(PARAMS), 400, generator=torch.Generator().manual_seed(2)).round_()
     for i in range(20):
         uniforms = torch.full((len(PARAMS),), i / 20, dtype=torch.float64)
-        assert twin(logits, PARAMS, uniforms) == sample_tokens(logits, PARAMS, uniforms.tolist())
+        assert twin(logits, PARAMS, uniforms) == the_workers(logits, uniforms)
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=str)

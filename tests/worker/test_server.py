@@ -51,7 +51,7 @@ class Rig:
         self.epoch = os.urandom(16)
         self.server = Server(self.endpoint, self.epoch, MODEL, files or {}, self.harness.inbox, credits=credits)
         engine = self.harness.engine
-        engine._clock = time.monotonic
+        engine._clock = engine._steps._clock = time.monotonic
         engine._send = self.server.post
         self._thread = threading.Thread(target=engine.run, daemon=True)
         self.server.start(engine.status)
