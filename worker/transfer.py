@@ -46,11 +46,9 @@ class Download:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         """Enqueues the copies; the tensors may be overwritten by what is enqueued later."""
-        self._event: torch.cuda.Event | None = None
-        self._tensors = tensors
-        if tensors and tensors[0].device.type == "cuda":
-            self._tensors = [_to_host(tensor) for tensor in tensors]
-            self._event = torch.cuda.current_stream().record_event()
+        self._tensors = [_to_host(tensor) for tensor in tensors]
+        on_gpu = bool(tensors) and tensors[0].device.type == "cuda"
+        self._event = torch.cuda.current_stream().record_event() if on_gpu else None
 
     def wait(self) -> list[Tensor]:
         """The tensors, in the host's memory, when the copies are done; does not wait for what was enqueued later."""

@@ -1,6 +1,7 @@
 """A real worker process on a GPU: what it answers is what one on the CPU answers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,14 @@ def serve(root: Path, context: zmq.Context, device: str, *settings: str) -> tupl
             generations.append(reply.adapter.generation)
         for request_id in range(24):  # four chunks in all, where the pool has three
             prompt = list(range(1 + request_id % 4, 6 + request_id % 9))
-            fields = {"temperature": 0.0, "ignore_eos": True, "generation": generations[request_id % 4]}
+            fields: dict[str, Any] = {
+                "temperature": 0.0,
+                "ignore_eos": True,
+                "generation": generations[request_id % 4],
+                "presence_penalty": 0.6 * (request_id % 5 == 0),
+                # On a GPU an end is found a step late.
+                "stop_token_ids": list(range(0, 300, 7)) if request_id % 3 == 0 else [],
+            }
             gateway.send(generate(request_id, prompt, 10 + request_id % 7, **fields))
         answers = gateway.answers(list(range(24)))
         gateway.send(UnloadAdapter(request_id=102, name="b", timeout_ms=1000))
@@ -59,5 +67,6 @@ def test_the_gpu_says_what_the_cpu_says(tmp_path: Path, context: zmq.Context, ba
     expected, _ = serve(tmp_path / "cpu", context, "cpu")
     found, text = serve(tmp_path / "gpu", context, "cuda", "--lora-backend", backend)
     assert found == expected
+    assert {reason for _, reason in found.values()} == {FinishReason.STOP, FinishReason.LENGTH}
     assert ("CUDA graphs" in text) == (backend == "triton")
     assert "Traceback" not in text and "ERROR" not in text

@@ -77,5 +77,8 @@ def test_arrays_travel_together_and_tensors_come_back() -> None:
     tensors = upload_arrays(arrays, CPU)
     assert [tensor.tolist() for tensor in tensors] == [list(values) for values in arrays]
     assert [tensor.dtype for tensor in tensors] == [torch.int64, torch.int32, torch.int32, torch.int64]
-    assert [t.tolist() for t in Download(tensors).wait()] == [list(values) for values in arrays]
+    download = Download(tensors)
+    for tensor in tensors:
+        tensor.zero_()  # as the next step would
+    assert [t.tolist() for t in download.wait()] == [list(values) for values in arrays]
     assert Download([]).wait() == []
