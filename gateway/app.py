@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway import adapter_routes, info_routes, native_routes, openai_routes
+from gateway import adapter_admin, adapter_routes, info_routes, native_routes, openai_routes
 from gateway.access import not_found
 from gateway.config import GatewayConfig
 from gateway.edge import Edge, error_response
@@ -37,6 +37,10 @@ ROUTES = [
     Route("/unload_lora_adapter", adapter_routes.unload_sglang, methods=["POST"]),
     Route("/v1/load_lora_adapter", adapter_routes.load_vllm, methods=["POST"]),
     Route("/v1/unload_lora_adapter", adapter_routes.unload_vllm, methods=["POST"]),
+    Route("/v1/adapters", adapter_admin.list_adapters),
+    Route("/v1/adapters/{name:path}", adapter_admin.get_adapter),
+    Route("/v1/adapters/{name:path}", adapter_admin.put_adapter, methods=["PUT"]),
+    Route("/v1/adapters/{name:path}", adapter_admin.delete_adapter, methods=["DELETE"]),
 ]
 
 

@@ -41,10 +41,10 @@ def resolve_with_lora_path(
     return chosen
 
 
-def check_adapter_name(name: str) -> None:
+def check_adapter_name(name: str, param: str = "lora_name") -> None:
     """Raises a 400 if the name cannot be an adapter's."""
     if _NAME.fullmatch(name) is None:
         raise invalid(
-            "lora_name",
-            "lora_name must be 1 to 128 letters, digits and . _ : / - and begin with a letter or a digit.",
+            param,
+            f"{param} must be 1 to 128 letters, digits and . _ : / - and begin with a letter or a digit.",
         )

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from starlette.requests import Request
 
@@ -29,6 +29,7 @@ class Gateway:
         self.metrics = Metrics()
         self.metrics.watch(fleet)
         self.draining = False
+        self._kept: set[asyncio.Future[Any]] = set()
         self._threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="text")
 
     async def in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -48,6 +49,11 @@ class Gateway:
     def generate(self, lease: Lease, plan: Plan) -> Generation:
         """Starts a request's sequences."""
         return Generation(self.fleet, lease, plan, self.metrics)
+
+    def keep(self, work: "asyncio.Future[Any]") -> None:
+        """Holds on to work that nobody waits for."""
+        self._kept.add(work)
+        work.add_done_callback(self._kept.discard)
 
     async def close(self) -> None:
         """Ends the connections and the threads."""

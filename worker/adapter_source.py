@@ -24,6 +24,8 @@ SHARD_FILE = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors")
 HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "adapter_model-*.safetensors"]
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 HUB_TIMEOUT_S = 10.0
+# Names that the resolver looks for: no part begins with a dot, so that none leads upwards or to a hidden file.
+RESOLVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*){0,7}")
 MAX_SOURCE_LENGTH = 4096
 MAX_FILES = 10_000  # in an adapter's directory
 OPEN_DIRECTORY = os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)  # O_PATH: it need not be readable to pass through
@@ -81,7 +83,9 @@ def _lies_in(path: Path, root: Path) -> bool:
 class AdapterSources:
     """Turns a source string into a directory: any local path for the operator, else below a root or from the hub."""
 
-    def __init__(self, roots: Sequence[Path], hub_allow: Sequence[str]) -> None:
+    def __init__(self, roots: Sequence[Path], hub_allow: Sequence[str], resolver: Path | None = None) -> None:
+        """resolver: a directory whose adapters may be named by their place in it."""
+        self._resolver = None if resolver is None else Path(os.path.realpath(resolver))
         self._roots = [Path(os.path.realpath(root)) for root in roots]
         self._hub_allow = list(hub_allow)
 
@@ -102,6 +106,14 @@ class AdapterSources:
         if candidates and (trusted or not is_hub_id):
             raise AdapterError(Error(ErrorCode.ADAPTER_NOT_FOUND, "there is no adapter at this lora_path", "lora_path"))
         raise self._forbidden()
+
+    def find_name(self, name: str) -> SourceDirectory:
+        """The resolver's directory of this name. Raises AdapterError: ADAPTER_NOT_FOUND, whatever is the matter."""
+        if self._resolver is not None and RESOLVED_NAME.fullmatch(name):
+            real = Path(os.path.realpath(self._resolver / name))
+            if real != self._resolver and _lies_in(real, self._resolver) and _is_directory(real):
+                return SourceDirectory(real, self._resolver)
+        raise AdapterError(Error(ErrorCode.ADAPTER_NOT_FOUND, f"there is no adapter {name[:200]!r}", "lora_name"))
 
     def _below_roots(self, source: str) -> list[SourceDirectory]:
         """Where the source may lie: as it is if absolute, else from each root and from the working directory."""

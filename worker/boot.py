@@ -85,7 +85,7 @@ class Worker:
         try:
             _load_adapters(config, adapters)
             self._server.post(outbox.take())  # the server learns of these adapters as of any later one
-            self._server.start(self._engine.status)
+            self._server.start(self._engine.status, adapters.listing.page)
         except (BootError, EndpointError) as error:
             self._server.stop()
             self._store.remove()
@@ -159,9 +159,15 @@ def _make_adapters(
         max_lora_rank=config.max_lora_rank,
         target_modules=config.target_modules,
     )
-    roots, target = [Path(root) for root in config.adapter_root], base.target
+    target = base.target
     loader = AdapterLoader(
-        base.config, target.dtype, limits, store_dir, roots, config.hub_allow, target.device.type == "cuda"
+        base.config,
+        target.dtype,
+        limits,
+        store_dir,
+        [Path(root) for root in config.adapter_root],
+        config.hub_allow,
+        pin_memory=target.device.type == "cuda",
     )
     return AdapterService(
         AdapterCache(
@@ -177,6 +183,7 @@ def _make_adapters(
         Background("adapter-reload", NUM_RELOAD_THREADS, inbox),
         base_names=frozenset(base.card.names),
         enabled=config.lora_enabled,
+        chunk_bytes=base.config.chunk_layout().chunk_size * target.dtype.itemsize,
     )
 
 

@@ -19,6 +19,7 @@ def publish(
         rank=num_chunks * 16,
         modules=("q_proj",),
         num_bytes=1,
+        stored_bytes=1,
         num_chunks=num_chunks,
         pinned=pinned,
         created=0,
