@@ -1,6 +1,6 @@
 """create_app: the routes, the edge before them, the workers behind them."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -14,15 +14,38 @@ from gateway import adapter_admin, adapter_routes, info_routes, native_routes, o
 from gateway.access import not_found
 from gateway.config import GatewayConfig
 from gateway.edge import Edge, error_response
-from gateway.errors import ApiError
+from gateway.errors import ApiError, UnknownAdapter
 from gateway.placement import Fleet
-from gateway.state import Gateway
+from gateway.state import Gateway, gateway_of
+
+MAX_RESOLVED = 64  # adapters that one request may bring in
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def _resolving(endpoint: Endpoint) -> Endpoint:
+    """The endpoint, tried again when an adapter that it did not find could be loaded; the body is kept for that."""
+
+    async def answer(request: Request) -> Response:
+        tried: set[str] = set()
+        while True:
+            try:
+                return await endpoint(request)
+            except UnknownAdapter as unknown:
+                if unknown.adapter in tried or len(tried) >= MAX_RESOLVED:
+                    raise
+                tried.add(unknown.adapter)
+                if not await gateway_of(request).find_adapter(unknown.adapter):
+                    raise
+
+    return answer
+
 
 # The busiest first: routes are tried in order.
 ROUTES = [
-    Route("/v1/chat/completions", openai_routes.chat_completions, methods=["POST"]),
-    Route("/v1/completions", openai_routes.completions, methods=["POST"]),
-    Route("/generate", native_routes.generate, methods=["POST"]),
+    Route("/v1/chat/completions", _resolving(openai_routes.chat_completions), methods=["POST"]),
+    Route("/v1/completions", _resolving(openai_routes.completions), methods=["POST"]),
+    Route("/generate", _resolving(native_routes.generate), methods=["POST"]),
     Route("/v1/models", info_routes.list_models),
     Route("/v1/models/{id:path}", info_routes.get_model),
     Route("/health", info_routes.health),

@@ -21,6 +21,7 @@ class GatewayConfig:
     worker_endpoint: tuple[str, ...] = _setting((), "ipc:// address of a worker; repeat it for several")
     max_body_bytes: int = _setting(8 * 1024 * 1024, "largest request body, bytes; a larger one is a 413")
     max_choices: int = _setting(8, "largest n, answers to one prompt; more is a 400")
+    resolve_timeout_s: float = _setting(30.0, "how long a request waits for the resolver to load its adapter, seconds")
     unload_timeout_s: float = _setting(120.0, "how long unloading waits for an adapter's requests, seconds")
     drain_timeout_s: float = _setting(30.0, "how long a shutdown waits for running requests, seconds")
     log_level: str = _setting("info", "debug, info, warning or error: the least that is logged")
@@ -38,7 +39,7 @@ class GatewayConfig:
         for name in ("max_body_bytes", "max_choices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        for name in ("unload_timeout_s", "drain_timeout_s"):
+        for name in ("resolve_timeout_s", "unload_timeout_s", "drain_timeout_s"):
             if not 0 <= getattr(self, name) <= 3600:
                 raise ValueError(f"{name} must be 0 to 3600 seconds")
 

@@ -52,6 +52,15 @@ class ApiError(Exception):
         return {"www-authenticate": "Bearer"} if self.status == 401 else {}
 
 
+class UnknownAdapter(ApiError):
+    """404: no adapter answers to a name. A resolver may know better."""
+
+    def __init__(self, adapter: str, message: str, param: str) -> None:
+        """adapter: the name that would have to be loaded."""
+        super().__init__(404, message, param=param, code="model_not_found")
+        self.adapter = adapter
+
+
 def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:
     """400: the caller's mistake."""
     return ApiError(400, message, param=param, code=code)
@@ -62,10 +71,9 @@ def unsupported(param: str) -> ApiError:
     return ApiError(400, f"{param} is not supported by this server.", param=param, code="unsupported_parameter")
 
 
-def model_not_found(name: str) -> ApiError:
-    """404: no base model or adapter answers to this name."""
-    message = f"The model {name[:_MAX_ECHO]!r} does not exist."
-    return ApiError(404, message, param="model", code="model_not_found")
+def model_not_found(name: str, adapter: str | None = None) -> UnknownAdapter:
+    """404: no base model or adapter answers to this name. adapter: what in it is an adapter's, if not all."""
+    return UnknownAdapter(adapter or name, f"The model {name[:_MAX_ECHO]!r} does not exist.", "model")
 
 
 def overloaded(message: str = "The server is at its limit of unfinished requests; try again shortly.") -> ApiError:

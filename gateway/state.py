@@ -8,11 +8,12 @@ from typing import Any, ParamSpec, TypeVar
 from starlette.requests import Request
 
 from gateway.config import GatewayConfig
-from gateway.errors import ApiError
+from gateway.errors import ApiError, from_worker, unavailable
 from gateway.generation import Generation, Plan
 from gateway.metrics import Metrics
 from gateway.placement import Fleet, Lease
-from gateway.registry import resolve_with_lora_path
+from gateway.registry import is_adapter_name, resolve_with_lora_path
+from protocol.errors import ErrorCode
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,6 +50,24 @@ class Gateway:
     def generate(self, lease: Lease, plan: Plan) -> Generation:
         """Starts a request's sequences."""
         return Generation(self.fleet, lease, plan, self.metrics)
+
+    async def find_adapter(self, name: str) -> bool:
+        """Has the workers' resolver load an adapter that is not; False if there is no such adapter or no resolver.
+
+        Raises what is wrong with it, or a 503 if it takes long; the load goes on then.
+        """
+        card = self.fleet.model
+        if card is None or not card.adapter_resolver or name in card.names or not is_adapter_name(name):
+            return False
+        loading = asyncio.ensure_future(self.fleet.load(name, None, None, False))
+        await asyncio.wait([loading], timeout=self.config.resolve_timeout_s)
+        if not loading.done():
+            self.keep(loading)
+            raise unavailable(f"The adapter {name!r} is being loaded; try again shortly.")
+        error = loading.result().error
+        if error is not None and error.code is not ErrorCode.ADAPTER_NOT_FOUND:
+            raise from_worker(error)
+        return error is None
 
     def keep(self, work: "asyncio.Future[Any]") -> None:
         """Holds on to work that nobody waits for."""

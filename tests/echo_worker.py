@@ -4,7 +4,7 @@ It speaks the protocol from its own reading of it, and imports nothing of the wo
 
     python -m tests.echo_worker --endpoint ipc:///tmp/x/worker.sock [--control ipc:///tmp/x/control.sock] [--delay-ms 1]
 
-The control socket (REQ) takes one JSON object: {"do": "die" | "hang" | "mute" | "drop" | "delay" | "stats", ...}.
+The control socket (REQ) takes one JSON object: {"do": "die", "hang", "mute", "drop", "gone", "delay" or "stats", ...}.
 """
 
 import argparse
@@ -119,7 +119,7 @@ class EchoWorker:
         self.loading: list[tuple[bytes, LoadAdapter, float]] = []  # slow loads: routing id, command, when they end
         self.last_generation = 0
         self.failed: dict[str, AdapterEntry] = {}
-        self.counts = {"aborts": 0, "generates": 0, "hellos": 0, "drop": 0, "steps": 0}
+        self.counts = {"aborts": 0, "generates": 0, "hellos": 0, "drop": 0, "gone": 0, "steps": 0}
         self.muted = False
         context = zmq.Context()
         self.router = context.socket(zmq.ROUTER)
@@ -170,6 +170,8 @@ class EchoWorker:
                 self.muted = True
             case "drop":
                 self.counts["drop"] += 1
+            case "gone":
+                self.counts["gone"] = order["times"]
             case "delay":
                 self.delay_s = order["ms"] / 1000
         running = sum(len(peer.running) for peer in self.peers.values())
@@ -243,6 +245,7 @@ class EchoWorker:
             max_model_len=4096,
             eos_token_ids=[2],
             lora_enabled=True,
+            adapter_resolver=True,
         )
         files = [FileInfo(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in self.files.items()]
         event = Welcome(
@@ -260,7 +263,8 @@ class EchoWorker:
         self.counts["generates"] += 1
         digest = ""
         if command.generation:
-            if command.generation not in self.adapters:
+            if command.generation not in self.adapters or self.counts["gone"]:
+                self.counts["gone"] = max(0, self.counts["gone"] - 1)
                 error = Error(ErrorCode.ADAPTER_GONE, "The adapter was unloaded.", "model")
                 output = Output(request_id=command.request_id, offset=0, token_ids=[], error=error)
                 self._send(routing_id, Outputs(outputs=[output]))
@@ -271,7 +275,7 @@ class EchoWorker:
         )
 
     def _load(self, routing_id: bytes, command: LoadAdapter, slow: bool = True) -> None:
-        if slow and (command.source or "").startswith("slow"):
+        if slow and (command.source or command.name).startswith(("slow", "found-slow")):
             self.loading.append((routing_id, command, time.monotonic() + 0.3))
             return
         old = next((a for a in self.adapters.values() if a.name == command.name and a.state == "ready"), None)

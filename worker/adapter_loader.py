@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 
 from worker.adapter_config import CONFIG_FILE, beyond_limit, invalid, parse_config
-from worker.adapter_source import AdapterSources, SourceDirectory
+from worker.adapter_download import Downloads
+from worker.adapter_source import AdapterSources
 from worker.adapter_store import MAX_JSON_BYTES, AdapterStore
 from worker.adapter_targets import Place, Target, find_targets
 from worker.adapter_tensors import MAX_HEADER_BYTES, read_weights
@@ -53,17 +54,18 @@ class AdapterLoader:
         hub_allow: Sequence[str] = (),
         pin_memory: bool = False,
         resolver: Path | None = None,
+        source_timeout_s: float = 600.0,
     ) -> None:
-        """roots and hub_allow (patterns of hub ids) say what a source that is not trusted may name.
+        """roots and hub_allow (patterns of hub ids and URLs) say what a source that is not trusted may name.
 
-        pin_memory: see pack_adapter. resolver: the directory of `load_named`.
+        pin_memory: see pack_adapter. resolver: the directory of `load_named`. source_timeout_s: of one download.
         """
         self._layout = model.chunk_layout()
         self._dtype = dtype
         self._limits = limits
         self._pin_memory = pin_memory
         self._store = AdapterStore(store_dir)
-        self._sources = AdapterSources(roots, hub_allow, resolver)
+        self._sources = AdapterSources(roots, hub_allow, Downloads(store_dir, source_timeout_s), resolver)
         # A file larger than all its tensors could be is refused before it is read.
         self._max_bytes = (
             MAX_HEADER_BYTES + MAX_JSON_BYTES + BYTES_PER_ELEMENT * limits.max_chunks * self._layout.chunk_size
@@ -74,14 +76,15 @@ class AdapterLoader:
 
         Its copy in the store is held until `release`. cancelled: set when nobody wants it any more.
         """
-        return self._take(self._sources.find(source, trusted, self._max_bytes))
+        with self._sources.open(source, trusted, self._max_bytes, cancelled) as directory:
+            digest = self._store.put(directory, self._max_bytes)
+        return self._pack_held(digest)
 
     def load_named(self, name: str, cancelled: threading.Event) -> PackedAdapter:
         """The adapter that the resolver's directory has under a name, like `load`."""
-        return self._take(self._sources.find_name(name))
+        return self._pack_held(self._store.put(self._sources.find_name(name), self._max_bytes))
 
-    def _take(self, source: SourceDirectory) -> PackedAdapter:
-        digest = self._store.put(source, self._max_bytes)
+    def _pack_held(self, digest: str) -> PackedAdapter:
         try:
             return self.reload(digest)
         except BaseException:

@@ -41,7 +41,7 @@ class AdapterStore:
 
     def put(self, source: SourceDirectory, max_bytes: int) -> str:
         """Copy an adapter's files, of at most max_bytes together, and return their digest, which is held now."""
-        names = _wanted_files(source.file_names())
+        names = wanted_files(source.file_names())
         try:
             temp = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=self.directory))
             try:
@@ -130,7 +130,8 @@ class AdapterStore:
             os.close(handle)
 
 
-def _wanted_files(names: list[str]) -> list[str]:
+def wanted_files(names: list[str]) -> list[str]:
+    """The files of an adapter that are read, of those in its directory. Raises AdapterError if it is none."""
     check_file_names(names)
     if WEIGHTS_FILE in names:
         return [CONFIG_FILE, WEIGHTS_FILE]

@@ -120,6 +120,7 @@ def _load_base(config: WorkerConfig) -> Base:
         max_model_len=plan.max_model_len,
         eos_token_ids=list(model_config.eos_token_ids),
         lora_enabled=config.lora_enabled,
+        adapter_resolver=config.adapter_resolver is not None,
     )
     return Base(directory, decoder, model_config, target, plan, card)
 
@@ -168,6 +169,8 @@ def _make_adapters(
         [Path(root) for root in config.adapter_root],
         config.hub_allow,
         pin_memory=target.device.type == "cuda",
+        resolver=None if config.adapter_resolver is None else Path(config.adapter_resolver),
+        source_timeout_s=config.source_timeout,
     )
     return AdapterService(
         AdapterCache(
@@ -183,6 +186,7 @@ def _make_adapters(
         Background("adapter-reload", NUM_RELOAD_THREADS, inbox),
         base_names=frozenset(base.card.names),
         enabled=config.lora_enabled,
+        resolves=config.adapter_resolver is not None,
         chunk_bytes=base.config.chunk_layout().chunk_size * target.dtype.itemsize,
     )
 

@@ -105,6 +105,19 @@ async def test_an_unload_says_what_still_runs_and_force_ends_it(client: httpx.As
         await asyncio.to_thread(echo.until, running=0)
 
 
+async def test_a_name_that_moves_on_and_on_is_followed_within_reason(
+    client: httpx.AsyncClient, echo: EchoProcess
+) -> None:
+    """Replaced between admission and arrival, and again: the name was never gone, so its answer is no 404."""
+    echo.do("gone", times=5)
+    answer = await post(client, "/v1/completions", model="lora0", prompt="hi", max_tokens=4)
+    assert answer["choices"][0]["text"] == expected("hi", "x", 4)
+    echo.do("gone", times=100)
+    await post(client, "/v1/completions", 404, model="lora0", prompt="hi", max_tokens=4)
+    assert echo.do("stats")["gone"] > 50
+    echo.do("gone", times=0)
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "param"),
     [

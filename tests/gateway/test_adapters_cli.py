@@ -33,17 +33,8 @@ def test_an_adapters_life(gateway: GatewayProcess, capsys: pytest.CaptureFixture
     )
     status, listed, _ = adapters(gateway, capsys, "list")
     head, *lines = listed.splitlines()
-    assert status == 0 and head.split() == [
-        "NAME",
-        "STATE",
-        "GENERATION",
-        "RANK",
-        "PINNED",
-        "ON",
-        "IN",
-        "FLIGHT",
-        "SOURCE",
-    ]
+    titles = ["NAME", "STATE", "GENERATION", "RANK", "PINNED", "ON", "IN", "FLIGHT", "SOURCE"]
+    assert status == 0 and head.split() == titles
     assert lines[-1].split() == ["team/n", "ready", "3", "8", "yes", "device,host,disk", "0", "z"]
     assert adapters(gateway, capsys, "pin", "team/n", "--off")[1] == "team/n: ready, generation 3\n"
     assert adapters(gateway, capsys, "pin", "team/n")[1] == "team/n: ready, generation 3, pinned\n"
