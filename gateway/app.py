@@ -16,6 +16,7 @@ from gateway.config import GatewayConfig
 from gateway.edge import Edge, error_response
 from gateway.errors import ApiError, UnknownAdapter
 from gateway.placement import Fleet
+from gateway.quotas import Quotas
 from gateway.state import Gateway, gateway_of
 
 MAX_RESOLVED = 64  # adapters that one request may bring in
@@ -86,7 +87,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 def create_app(config: GatewayConfig) -> Starlette:
     """The ASGI application. It connects to the workers when its lifespan begins."""
-    gateway = Gateway(config, Fleet(config.worker_endpoint, build=info_routes.version()))
+    quotas = Quotas(config.adapter_rpm, config.adapter_concurrency)
+    gateway = Gateway(config, Fleet(config.worker_endpoint, build=info_routes.version(), quotas=quotas))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -32,6 +32,7 @@ class ApiError(Exception):
         self.type = type_
         self.param = param
         self.code = code
+        self.retry_after_s = RETRY_AFTER_S
 
     def body(self) -> bytes:
         """The JSON body, or the data of the event that ends a stream."""
@@ -46,7 +47,7 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """Clients that retry by themselves learn when, or not to."""
         if self.status in (429, 503):
-            return {"retry-after": str(RETRY_AFTER_S)}
+            return {"retry-after": str(self.retry_after_s)}
         if self.status == 500:
             return {"x-should-retry": "false"}
         return {"www-authenticate": "Bearer"} if self.status == 401 else {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gateway.errors import invalid, model_not_found, overloaded, unavailable
 from gateway.model_text import ModelText
+from gateway.quotas import Quotas
 from gateway.session import Session, SessionLost
 from gateway.worker_client import WorkerClient
 from protocol.errors import Error
@@ -30,9 +31,12 @@ class Lease:
     text: ModelText
     generations: dict[str | None, int]
     num_sequences: int
+    quotas: Quotas
 
     def release(self) -> None:
         """Gives the credits back; more than once is harmless."""
+        if self.num_sequences:
+            self.quotas.leave([name for name in self.generations if name is not None])
         self.session.num_reserved -= self.num_sequences
         self.num_sequences = 0
 
@@ -40,7 +44,8 @@ class Lease:
 class Fleet:
     """All workers. They serve one model: one with another model than the first that answered gets no work."""
 
-    def __init__(self, endpoints: Collection[str], build: str = "") -> None:
+    def __init__(self, endpoints: Collection[str], build: str = "", quotas: Quotas | None = None) -> None:
+        self._quotas = quotas or Quotas(0, 0)
         gateway_id = os.urandom(16)
         self.workers = [WorkerClient(endpoint, gateway_id, build) for endpoint in endpoints]
 
@@ -113,10 +118,11 @@ class Fleet:
             raise invalid("n", message)
         if _num_free(worker) < num_sequences:
             raise overloaded()
+        self._quotas.enter(names)
         session.num_reserved += num_sequences
         generations: dict[str | None, int] = {None: BASE_GENERATION}
         generations.update((name, worker.adapters[name].generation) for name in names)
-        return Lease(session, model, text, generations, num_sequences)
+        return Lease(session, model, text, generations, num_sequences, self._quotas)
 
     async def load(
         self, name: str, source: str | None, pinned: bool | None, replace: bool, expected_generation: int | None = None
