@@ -131,6 +131,12 @@ class Fleet:
         loads = (w.load_adapter(name, source, pinned, replace, expected_generation) for w in self._require_ready())
         return _worst(await asyncio.gather(*loads))
 
+    async def find(self, name: str) -> AdapterReply:
+        """Has the workers' resolvers load an adapter that a request names."""
+        ready = self._require_ready()
+        loads = (worker.load_adapter(name, None, None, False, on_demand=True) for worker in ready)
+        return _worst(await asyncio.gather(*loads))
+
     async def unload(
         self, name: str, timeout_ms: int, force: bool = False, expected_generation: int | None = None
     ) -> AdapterReply:

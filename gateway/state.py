@@ -59,7 +59,7 @@ class Gateway:
         card = self.fleet.model
         if card is None or not card.adapter_resolver or name in card.names or not is_adapter_name(name):
             return False
-        loading = asyncio.ensure_future(self.fleet.load(name, None, None, False))
+        loading = asyncio.ensure_future(self.fleet.find(name))
         await asyncio.wait([loading], timeout=self.config.resolve_timeout_s)
         if not loading.done():
             self.keep(loading)

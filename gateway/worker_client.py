@@ -219,7 +219,13 @@ class WorkerClient:
     # ------------------------------------------------------------------------------------------------- adapters
 
     async def load_adapter(
-        self, name: str, source: str | None, pinned: bool | None, replace: bool, expected_generation: int | None = None
+        self,
+        name: str,
+        source: str | None,
+        pinned: bool | None,
+        replace: bool,
+        expected_generation: int | None = None,
+        on_demand: bool = False,
     ) -> AdapterReply:
         """Loads an adapter; the reply carries it or an error. Never raises for what the worker does."""
         if (session := self.session) is None:
@@ -231,6 +237,7 @@ class WorkerClient:
             pinned=pinned,
             replace=replace,
             expected_generation=expected_generation,
+            on_demand=on_demand,
         )
         return await self._reply(session, command)
 

@@ -177,6 +177,7 @@ class LoadAdapter(Command, frozen=True, kw_only=True, tag="load_adapter"):
     pinned: bool | None = None  # None: as it is; a new adapter is not
     replace: bool = False
     expected_generation: Unsigned | None = None  # only if this generation holds the name; 0: only if none does
+    on_demand: bool = False  # for a request, not for an administrator: what was unloaded on purpose stays away
 
 
 class UnloadAdapter(Command, frozen=True, kw_only=True, tag="unload_adapter"):

@@ -303,6 +303,9 @@ class EchoWorker:
             return Error(ErrorCode.ADAPTER_NOT_FOUND, f"No adapter {command.name!r} is loaded.", "lora_name")
         if command.source == "missing":
             return Error(ErrorCode.ADAPTER_NOT_FOUND, "Nothing is found at the source.", "lora_path")
+        if command.source in ("full", "away"):
+            code = ErrorCode.STORE_FULL if command.source == "full" else ErrorCode.SOURCE_UNAVAILABLE
+            return Error(code, "The load failed.", "lora_path")
         if (command.source or "").endswith("bad"):
             return Error(ErrorCode.ADAPTER_INVALID, "The adapter's key 'bias' is not supported.", "lora_path")
         if old is not None and not command.replace and command.source is not None:

@@ -22,7 +22,7 @@ from worker.adapter_config import AdapterError
 
 log = logging.getLogger(__name__)
 
-MAX_PARTS = 8  # unfinished downloads kept, to go on with; the oldest goes first
+MAX_PARTS = 4  # unfinished downloads kept, to go on with; the oldest goes first
 POLL_S = 0.05
 ENDING_S = 1.0  # between SIGTERM and SIGKILL
 

@@ -4,6 +4,8 @@ import logging
 import threading
 from dataclasses import dataclass, field
 
+import msgspec
+
 from protocol.errors import Error, ErrorCode
 from protocol.messages import AdapterEntry, LoadAdapter
 from worker.adapter_cache import Adapter
@@ -88,7 +90,7 @@ class Loads:
 
 
 def _key(command: LoadAdapter) -> tuple[object, ...]:
-    return command.name, command.source, command.pinned, command.replace, command.expected_generation
+    return msgspec.structs.astuple(command)[1:]  # all but the request's id
 
 
 def conflict(name: str, holder: Adapter | None, expected: int | None) -> Error | None:

@@ -83,7 +83,7 @@ class AdapterService:
         self._uploaded: set[int] = set()
         self._loads = Loads()
         self.listing = AdapterListing(cache, self._loads, chunk_bytes)
-        self._revoked: set[str] = set()  # unloaded on purpose: the resolver does not bring them back
+        self._revoked: set[str] = set()  # unloaded on purpose: no request brings them back
         self._reloading: set[int] = set()
         self._unloads: dict[int, list[Waiter]] = {}  # by generation
         self._failures: list[Failure] = []
@@ -266,7 +266,7 @@ class AdapterService:
         if (error := conflict(name, holder, command.expected_generation)) is not None:
             return error
         if command.source is None:
-            if holder is None and (not self._resolves or name in self._revoked):
+            if holder is None and (not self._resolves or (command.on_demand and name in self._revoked)):
                 return not_loaded(name)
         elif holder is not None and not command.replace:
             return Error(ErrorCode.ADAPTER_EXISTS, f"an adapter '{name}' is already loaded", "lora_name")

@@ -54,6 +54,17 @@ async def test_names_and_generations_are_compared(client: httpx.AsyncClient) -> 
     await call(client, "PUT", "n", 409, source="y", expected_generation=first)
 
 
+@pytest.mark.parametrize(
+    ("source", "status", "code"),
+    [("full", 507, "insufficient_storage"), ("away", 502, "source_unavailable"), ("missing", 404, "adapter_not_found")],
+)
+async def test_a_load_that_fails_says_whose_fault_it_is(
+    source: str, status: int, code: str, client: httpx.AsyncClient
+) -> None:
+    error = (await call(client, "PUT", "n", status, source=source))["error"]
+    assert (error["code"], error["param"]) == (code, "source")
+
+
 async def test_a_pin_is_set_and_taken_without_a_source(client: httpx.AsyncClient) -> None:
     made = await call(client, "PUT", "n", 200, source="z")
     assert (await call(client, "PUT", "n", 200, pinned=True)) == {**made, "pinned": True}

@@ -143,7 +143,13 @@ MESSAGES = {
         1,
         4,
         LoadAdapter(
-            request_id=3, name="lora0", source="/adapters/lora0", pinned=True, replace=True, expected_generation=1
+            request_id=3,
+            name="lora0",
+            source="/adapters/lora0",
+            pinned=True,
+            replace=True,
+            expected_generation=1,
+            on_demand=True,
         ),
     ),
     "unload_adapter": CommandEnvelope(
@@ -235,9 +241,10 @@ HEX = {
         "a561626f7274aa726571756573745f696402"
     ),
     "load_adapter": (
-        "84a565706f6368c410000102030405060708090a0b0c0d0e0fa773657373696f6e01a373657104a4626f647987a474797065"
+        "84a565706f6368c410000102030405060708090a0b0c0d0e0fa773657373696f6e01a373657104a4626f647988a474797065"
         "ac6c6f61645f61646170746572aa726571756573745f696403a46e616d65a56c6f726130a6736f75726365af2f6164617074"
-        "6572732f6c6f726130a670696e6e6564c3a77265706c616365c3b365787065637465645f67656e65726174696f6e01"
+        "6572732f6c6f726130a670696e6e6564c3a77265706c616365c3b365787065637465645f67656e65726174696f6e01a96f6e"
+        "5f64656d616e64c3"
     ),
     "unload_adapter": (
         "84a565706f6368c410000102030405060708090a0b0c0d0e0fa773657373696f6e01a373657105a4626f647986a474797065"

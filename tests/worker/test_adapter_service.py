@@ -518,7 +518,7 @@ def test_the_resolver_loads_once_and_never_what_was_unloaded() -> None:
     harness = Harness(resolves=True)
     harness.jobs.hold = True
     for request_id in (1, 2, 3):
-        load(harness, request_id, "a", None)
+        load(harness, request_id, "a", None, on_demand=True)
     settle(harness)
     harness.jobs.release()
     harness.jobs.hold = False
@@ -526,25 +526,32 @@ def test_the_resolver_loads_once_and_never_what_was_unloaded() -> None:
     replies = [reply(harness, request_id) for request_id in (1, 2, 3)]
     assert [found.adapter.generation for found in replies if found and found.adapter] == [1, 1, 1]
     assert harness.loader.num_loads == 1
-    load(harness, 4, "a", None)
-    load(harness, 5, "no-such", None)
+    load(harness, 4, "a", None, on_demand=True)
+    load(harness, 5, "no-such", None, on_demand=True)
     settle(harness)
     assert code(harness, 4) is None and code(harness, 5) is ErrorCode.ADAPTER_NOT_FOUND
     assert harness.loader.num_loads == 1 and [entry.name for entry in listed(harness)] == ["a"]
     unload(harness, 6, "a")
     settle(harness)
-    load(harness, 7, "a", None)
+    load(harness, 7, "a", None, on_demand=True)
     settle(harness)
     assert code(harness, 7) is ErrorCode.ADAPTER_NOT_FOUND, "unloading is revoking"
-    load(harness, 8, "a", "a")
+    load(harness, 8, "a", None)  # an administrator
     settle(harness)
     assert code(harness, 8) is None
+    unload(harness, 9, "a")
+    load(harness, 10, "a", "a")
+    settle(harness)
+    unload(harness, 11, "a")
+    load(harness, 12, "a", None, on_demand=True)
+    settle(harness)
+    assert code(harness, 12) is ErrorCode.ADAPTER_NOT_FOUND
 
 
 def test_an_unload_beats_a_resolver_at_work_behind_an_administrator() -> None:
     harness = Harness(resolves=True)
     harness.jobs.hold = True
-    load(harness, 1, "a", None)
+    load(harness, 1, "a", None, on_demand=True)
     settle(harness)
     harness.jobs.hold = False
     load(harness, 2, "a", "y")
