@@ -71,7 +71,7 @@ def run_thread(client: httpx.Client, seed: int, whose: dict[tuple[int, ...], str
                 continue  # by an unload that came before there was anything
             # A taken name says that something is there; what, is not told.
             call = ("load", content) if response.status_code == 200 else ("seen", "anything")
-        elif kind < 0.4:
+        elif kind < 0.32:
             force, timeout = rng.random() < 0.5, rng.choice([0, 10])
             response = client.delete(f"/v1/adapters/{name}?force={str(force).lower()}&timeout={timeout}")
             assert response.status_code in (200, 202, 404), response.text
