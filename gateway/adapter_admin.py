@@ -62,8 +62,8 @@ async def put_adapter(request: Request) -> Response:
     loading = asyncio.ensure_future(
         gateway.fleet.load(name, fields.source, fields.pinned, bool(fields.replace), fields.expected_generation)
     )
+    gateway.keep(loading)
     if fields.wait is False and not await _visible(gateway, name, loading):
-        gateway.keep(loading)
         return json_response({"name": name, "state": "loading", "source": fields.source}, 202)
     return json_response(_replied(await loading, name))
 

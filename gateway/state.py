@@ -73,6 +73,7 @@ class Gateway:
         """Holds on to work that nobody waits for."""
         self._kept.add(work)
         work.add_done_callback(self._kept.discard)
+        work.add_done_callback(lambda work: work.cancelled() or work.exception())  # looked at: nobody else may
 
     async def close(self) -> None:
         """Ends the connections and the threads."""

@@ -14,6 +14,7 @@ from worker.mailbox import Owner
 
 log = logging.getLogger(__name__)
 
+BROKEN = Error(ErrorCode.INTERNAL, "the adapter could not be loaded because of an internal error")
 MAX_LOADS = 256  # at work or waiting for a loader thread
 MAX_FAILURES = 256  # remembered; the oldest is forgotten first
 
@@ -112,4 +113,4 @@ def as_error(exception: Exception) -> Error:
     if isinstance(exception, AdapterError):
         return exception.error
     log.error("an adapter load failed unexpectedly", exc_info=exception)
-    return Error(ErrorCode.INTERNAL, "the adapter could not be loaded because of an internal error")
+    return BROKEN

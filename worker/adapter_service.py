@@ -21,7 +21,7 @@ from protocol.messages import (
 )
 from worker.adapter_cache import Adapter, AdapterCache
 from worker.adapter_listing import AdapterListing
-from worker.adapter_loads import MAX_LOADS, Load, Loads, Waiter, as_error, conflict, not_loaded
+from worker.adapter_loads import BROKEN, MAX_LOADS, Load, Loads, Waiter, as_error, conflict, not_loaded
 from worker.background import Background
 from worker.mailbox import Outbox, Owner
 from worker.scheduler import Admission
@@ -187,11 +187,12 @@ class AdapterService:
             self._reply([waiter], error)
             return
         load = self._loads.begin(command, self.cache.last_generation, waiter)
-        if command.source is None:
+        if command.source is None:  # on this machine, and often a request waits for it
             job = partial(self._loader.load_named, command.name, load.cancelled)
+            self._reload_background.submit(job, partial(self._loaded, load))
         else:
             job = partial(self._loader.load, command.source, trusted=False, cancelled=load.cancelled)
-        self._background.submit(job, partial(self._loaded, load))
+            self._background.submit(job, partial(self._loaded, load))
 
     def load_now(self, name: str, source: str, pinned: bool) -> Error | None:
         """Loads an adapter of the operator's own list, before the worker serves."""
@@ -210,11 +211,14 @@ class AdapterService:
         if load.cancelled.is_set():
             self._release(result)
             return
-        outcome = as_error(result) if isinstance(result, Exception) else self._settle(load, result)
-        self._loads.end(load, outcome if isinstance(outcome, Error) else None)
-        if isinstance(outcome, Error):
-            self._release(result)
-        self._reply(load.waiters, outcome)
+        outcome: Adapter | Error = BROKEN
+        try:
+            outcome = as_error(result) if isinstance(result, Exception) else self._settle(load, result)
+        finally:  # whatever happens, nobody waits for ever
+            self._loads.end(load, outcome if isinstance(outcome, Error) else None)
+            if isinstance(outcome, Error):
+                self._release(result)
+            self._reply(load.waiters, outcome)
 
     def _settle(self, load: Load, packed: "PackedAdapter") -> Adapter | Error:
         """Publishes what was loaded, unless the same has come under the name meanwhile."""

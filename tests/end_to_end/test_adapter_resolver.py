@@ -35,6 +35,7 @@ def test_names_are_found_on_first_use_and_revoked_by_an_unload(client: httpx.Cli
     assert len({tuple(answer) for answer in [base, *answers]}) == 3
     lines = client.get("/v1/adapters").json()["data"]
     assert sorted((line["name"], line["state"]) for line in lines) == [("a", "ready"), ("team/b", "ready")]
+    assert sorted(line["generation"] for line in lines) == [1, 2], "the requests share a load"
     model = client.get("/v1/models").json()["data"][0]["id"]
     assert tokens(client.post("/generate", json={"input_ids": [5], "lora_path": f"{model}:a"}))
     assert client.delete("/v1/adapters/a").json()["state"] == "removed"
