@@ -236,4 +236,7 @@ class Generation:
     def observe(self) -> None:
         """Counts the request as answered, in the metrics."""
         usage = self.usage()
+        for index, job in enumerate(self._plan.jobs):
+            if job.adapter is not None:
+                self._metrics.on_adapter(job.adapter, len(job.prompt), self._choices[index].num_tokens)
         self._metrics.on_answer(time.monotonic() - self._plan.started_s, usage.prompt_tokens, usage.completion_tokens)
