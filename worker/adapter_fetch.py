@@ -5,6 +5,7 @@
 The order is JSON; the answer on standard output is {"path": …} or {"error": [code, message]}. See adapter_download.
 """
 
+import ctypes
 import fnmatch
 import json
 import resource
@@ -22,6 +23,7 @@ from worker.adapter_store import wanted_files
 HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "adapter_model-*.safetensors"]
 HUB_TIMEOUT_S = 10.0
 PIECE_BYTES = 1 << 20
+PR_SET_PDEATHSIG = 1
 
 
 def fetch_hub(repo: str, revision: str | None, max_bytes: int) -> Path:
@@ -122,6 +124,8 @@ def main() -> None:
     order = json.loads(sys.argv[1])
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGALRM, _end)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a worker that ends takes its downloads along
     signal.alarm(int(order["timeout_s"]) + 5)  # should nobody be left to end it
     resource.setrlimit(resource.RLIMIT_FSIZE, (order["max_bytes"] + PIECE_BYTES,) * 2)  # whatever a server may say
     try:

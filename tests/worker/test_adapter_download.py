@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -209,6 +211,30 @@ def test_a_download_is_cancelled(hub: Hub, tmp_path: Path) -> None:
     assert hub.stuck.is_set()
     hub.hangs = False
     assert load(tmp_path, "org/good").is_dir()
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from worker.adapter_download import Downloads
+Downloads(Path(sys.argv[1]), 60.0).hub("org/good", None, 1 << 20, None)
+"""
+
+
+def test_a_worker_that_is_killed_takes_its_downloads_along(hub: Hub, tmp_path: Path) -> None:
+    hub.hangs = True
+    worker = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)])
+    try:
+        assert hub.stuck.wait(30)
+        (child,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+    finally:
+        worker.kill()
+        worker.wait(10)
+    deadline = time.monotonic() + 10
+    stat = Path(f"/proc/{child}/stat")
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_child_that_dies_is_an_error(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
