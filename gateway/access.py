@@ -10,6 +10,7 @@ _PUBLIC = frozenset(["/health", "/ready"])  # probes carry no key and learn noth
 ADMIN = frozenset(
     ["/load_lora_adapter", "/unload_lora_adapter", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"],
 )
+_ADMIN_ROOT = "/v1/adapters"  # and everything below it
 
 
 def not_found() -> ApiError:
@@ -29,7 +30,7 @@ class Access:
         """Raises the 401, 403 or 404 of a request that may not pass."""
         if path in _PUBLIC:
             return
-        if path in ADMIN:
+        if path in ADMIN or path == _ADMIN_ROOT or path.startswith(_ADMIN_ROOT + "/"):
             self._check_admin(headers)
         elif self._api_key is not None:
             self._check_key(headers)

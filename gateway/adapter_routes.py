@@ -51,7 +51,7 @@ async def _load(gateway: Gateway, fields: LoadRequest, *, replace: bool) -> None
     check_adapter_name(fields.lora_name)
     if fields.lora_name in gateway.fleet.require_model().names:
         raise invalid("lora_name", "lora_name is the base model's name.")
-    reply = await gateway.fleet.load(fields.lora_name, fields.lora_path, bool(fields.pinned), replace)
+    reply = await gateway.fleet.load(fields.lora_name, fields.lora_path, fields.pinned, replace)
     if reply.error is not None:
         raise from_worker(reply.error)
 

@@ -1,6 +1,6 @@
 """create_app: the routes, the edge before them, the workers behind them."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -10,19 +10,43 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway import adapter_routes, info_routes, native_routes, openai_routes
+from gateway import adapter_admin, adapter_routes, info_routes, native_routes, openai_routes
 from gateway.access import not_found
 from gateway.config import GatewayConfig
 from gateway.edge import Edge, error_response
-from gateway.errors import ApiError
+from gateway.errors import ApiError, UnknownAdapter
 from gateway.placement import Fleet
-from gateway.state import Gateway
+from gateway.quotas import Quotas
+from gateway.state import Gateway, gateway_of
+
+MAX_RESOLVED = 64  # adapters that one request may bring in
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def _resolving(endpoint: Endpoint) -> Endpoint:
+    """The endpoint, tried again when an adapter that it did not find could be loaded; the body is kept for that."""
+
+    async def answer(request: Request) -> Response:
+        tried: set[str] = set()
+        while True:
+            try:
+                return await endpoint(request)
+            except UnknownAdapter as unknown:
+                if unknown.adapter in tried or len(tried) >= MAX_RESOLVED:
+                    raise
+                tried.add(unknown.adapter)
+                if not await gateway_of(request).find_adapter(unknown.adapter):
+                    raise
+
+    return answer
+
 
 # The busiest first: routes are tried in order.
 ROUTES = [
-    Route("/v1/chat/completions", openai_routes.chat_completions, methods=["POST"]),
-    Route("/v1/completions", openai_routes.completions, methods=["POST"]),
-    Route("/generate", native_routes.generate, methods=["POST"]),
+    Route("/v1/chat/completions", _resolving(openai_routes.chat_completions), methods=["POST"]),
+    Route("/v1/completions", _resolving(openai_routes.completions), methods=["POST"]),
+    Route("/generate", _resolving(native_routes.generate), methods=["POST"]),
     Route("/v1/models", info_routes.list_models),
     Route("/v1/models/{id:path}", info_routes.get_model),
     Route("/health", info_routes.health),
@@ -37,6 +61,10 @@ ROUTES = [
     Route("/unload_lora_adapter", adapter_routes.unload_sglang, methods=["POST"]),
     Route("/v1/load_lora_adapter", adapter_routes.load_vllm, methods=["POST"]),
     Route("/v1/unload_lora_adapter", adapter_routes.unload_vllm, methods=["POST"]),
+    Route("/v1/adapters", adapter_admin.list_adapters),
+    Route("/v1/adapters/{name:path}", adapter_admin.get_adapter),
+    Route("/v1/adapters/{name:path}", adapter_admin.put_adapter, methods=["PUT"]),
+    Route("/v1/adapters/{name:path}", adapter_admin.delete_adapter, methods=["DELETE"]),
 ]
 
 
@@ -59,7 +87,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 def create_app(config: GatewayConfig) -> Starlette:
     """The ASGI application. It connects to the workers when its lifespan begins."""
-    gateway = Gateway(config, Fleet(config.worker_endpoint, build=info_routes.version()))
+    quotas = Quotas(config.adapter_rpm, config.adapter_concurrency)
+    gateway = Gateway(config, Fleet(config.worker_endpoint, build=info_routes.version(), quotas=quotas))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -1,4 +1,4 @@
-"""The commands: `polylora serve` (gateway and worker), `polylora chat`, and `polylora-gateway` (the gateway alone)."""
+"""The commands: `polylora serve` (gateway and worker), `chat` and `adapters`, and `polylora-gateway` (it alone)."""
 
 import argparse
 import asyncio
@@ -31,9 +31,13 @@ both's); all others are given to the worker, whose help is shown by polylora-wor
 def main(argv: Sequence[str] | None = None) -> int:
     """`polylora COMMAND ...`; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], int]] = {"serve": _serve, "chat": _chat}
+    commands: dict[str, Callable[[list[str]], int]] = {"serve": _serve, "chat": _chat, "adapters": _adapters}
     parser = argparse.ArgumentParser(prog="polylora", allow_abbrev=False)
-    parser.add_argument("command", choices=commands, help="serve: gateway and worker in one; chat: a terminal client")
+    parser.add_argument(
+        "command",
+        choices=commands,
+        help="serve: gateway and worker in one; chat: a terminal client; adapters: list, load, unload, pin, stats",
+    )
     command = parser.parse_args(arguments[:1]).command
     return commands[command](arguments[1:])
 
@@ -52,6 +56,12 @@ def _chat(arguments: list[str]) -> int:
     from gateway import chat  # only now: a client's imports are nothing to a server
 
     return chat.main(arguments)
+
+
+def _adapters(arguments: list[str]) -> int:
+    from gateway import adapters_cli
+
+    return adapters_cli.main(arguments)
 
 
 def _serve(arguments: list[str]) -> int:

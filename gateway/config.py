@@ -10,6 +10,16 @@ def _setting(default: Any, help_: str) -> Any:
     return field(default=default, metadata={"help": help_})
 
 
+_HIGHEST = {
+    "port": (65535, ""),
+    "adapter_rpm": (1_000_000, ""),
+    "adapter_concurrency": (1_000_000, ""),
+    "resolve_timeout_s": (3600, " seconds"),
+    "unload_timeout_s": (3600, " seconds"),
+    "drain_timeout_s": (3600, " seconds"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class GatewayConfig:
     """Of one gateway process. Raises ValueError for a value that cannot work."""
@@ -21,6 +31,9 @@ class GatewayConfig:
     worker_endpoint: tuple[str, ...] = _setting((), "ipc:// address of a worker; repeat it for several")
     max_body_bytes: int = _setting(8 * 1024 * 1024, "largest request body, bytes; a larger one is a 413")
     max_choices: int = _setting(8, "largest n, answers to one prompt; more is a 400")
+    adapter_rpm: int = _setting(0, "requests that each adapter may be sent a minute; more is a 429. 0: no limit")
+    adapter_concurrency: int = _setting(0, "requests that each adapter may have running; more is a 429. 0: no limit")
+    resolve_timeout_s: float = _setting(30.0, "how long a request waits for the resolver to load its adapter, seconds")
     unload_timeout_s: float = _setting(120.0, "how long unloading waits for an adapter's requests, seconds")
     drain_timeout_s: float = _setting(30.0, "how long a shutdown waits for running requests, seconds")
     log_level: str = _setting("info", "debug, info, warning or error: the least that is logged")
@@ -31,16 +44,14 @@ class GatewayConfig:
                 raise ValueError(f"{endpoint}: tcp needs CURVE keys, which this version cannot be given; use ipc://")
             if not endpoint.startswith("ipc://") or endpoint.startswith("ipc://@"):
                 raise ValueError(f"{endpoint}: a worker endpoint is ipc:// and the path of a socket")
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port must be 0 to 65535, not {self.port}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ValueError(f"log_level must be debug, info, warning or error, not {self.log_level!r}")
         for name in ("max_body_bytes", "max_choices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        for name in ("unload_timeout_s", "drain_timeout_s"):
-            if not 0 <= getattr(self, name) <= 3600:
-                raise ValueError(f"{name} must be 0 to 3600 seconds")
+        for name, (highest, unit) in _HIGHEST.items():
+            if not 0 <= getattr(self, name) <= highest:
+                raise ValueError(f"{name} must be 0 to {highest}{unit}, not {getattr(self, name)}")
 
     @property
     def is_loopback(self) -> bool:

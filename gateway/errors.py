@@ -32,6 +32,7 @@ class ApiError(Exception):
         self.type = type_
         self.param = param
         self.code = code
+        self.retry_after_s = RETRY_AFTER_S
 
     def body(self) -> bytes:
         """The JSON body, or the data of the event that ends a stream."""
@@ -46,10 +47,19 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """Clients that retry by themselves learn when, or not to."""
         if self.status in (429, 503):
-            return {"retry-after": str(RETRY_AFTER_S)}
+            return {"retry-after": str(self.retry_after_s)}
         if self.status == 500:
             return {"x-should-retry": "false"}
         return {"www-authenticate": "Bearer"} if self.status == 401 else {}
+
+
+class UnknownAdapter(ApiError):
+    """404: no adapter answers to a name. A resolver may know better."""
+
+    def __init__(self, adapter: str, message: str, param: str) -> None:
+        """adapter: the name that would have to be loaded."""
+        super().__init__(404, message, param=param, code="model_not_found")
+        self.adapter = adapter
 
 
 def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:
@@ -62,10 +72,9 @@ def unsupported(param: str) -> ApiError:
     return ApiError(400, f"{param} is not supported by this server.", param=param, code="unsupported_parameter")
 
 
-def model_not_found(name: str) -> ApiError:
-    """404: no base model or adapter answers to this name."""
-    message = f"The model {name[:_MAX_ECHO]!r} does not exist."
-    return ApiError(404, message, param="model", code="model_not_found")
+def model_not_found(name: str, adapter: str | None = None) -> UnknownAdapter:
+    """404: no base model or adapter answers to this name. adapter: what in it is an adapter's, if not all."""
+    return UnknownAdapter(adapter or name, f"The model {name[:_MAX_ECHO]!r} does not exist.", "model")
 
 
 def overloaded(message: str = "The server is at its limit of unfinished requests; try again shortly.") -> ApiError:
@@ -94,6 +103,9 @@ _FROM_WORKER: dict[ErrorCode, tuple[int, str, str | None]] = {
     ErrorCode.ADAPTER_CONFLICT: (409, "invalid_request_error", "adapter_conflict"),
     ErrorCode.ADAPTER_INVALID: (400, "invalid_request_error", "adapter_invalid"),
     ErrorCode.ADAPTER_LIMIT: (400, "invalid_request_error", "adapter_limit"),
+    ErrorCode.LOAD_CANCELLED: (409, "invalid_request_error", "load_cancelled"),
+    ErrorCode.STORE_FULL: (507, "server_error", "insufficient_storage"),
+    ErrorCode.SOURCE_UNAVAILABLE: (502, "server_error", "source_unavailable"),
     ErrorCode.SOURCE_FORBIDDEN: (400, "invalid_request_error", "source_forbidden"),
     ErrorCode.LORA_DISABLED: (400, "invalid_request_error", "lora_disabled"),
     ErrorCode.DEADLINE_EXCEEDED: (503, "server_error", "deadline_exceeded"),

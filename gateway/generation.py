@@ -18,6 +18,8 @@ from protocol.messages import Generate, Output, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
+MAX_RESTARTS = 16
+
 
 @dataclass(slots=True)
 class Delta:
@@ -109,7 +111,7 @@ class Generation:
         self._metrics = metrics
         self._closed = False
         self._answered = False  # a token has come
-        self._retried = False
+        self._num_restarts = 0
         commands = [self._command(job) for job in plan.jobs]
         for command in commands[:: plan.num_choices]:
             if (error := check_generate(command, lease.model)) is not None:
@@ -150,7 +152,7 @@ class Generation:
                 if index not in self._live:
                     continue
                 if output.error is not None:
-                    if output.error.code is ErrorCode.ADAPTER_GONE and not self._answered and not self._retried:
+                    if self._may_restart(output.error):
                         self._restart()
                         break
                     raise self._error(output.error)
@@ -175,9 +177,16 @@ class Generation:
             self._metrics.on_finish(delta.finish_reason)
         return delta
 
+    def _may_restart(self, error: Error) -> bool:
+        is_gone = error.code is ErrorCode.ADAPTER_GONE and not self._answered
+        return is_gone and self._num_restarts < MAX_RESTARTS
+
     def _restart(self) -> None:
-        """The adapter was replaced between admission and arrival: once more, with what its name means now."""
-        self._retried = True
+        """The adapter was replaced between admission and arrival: once more, with what its name means now.
+
+        If the name means nothing any more, that is the 404. It may happen again: each time takes another replacement.
+        """
+        self._num_restarts += 1
         self.abort()
         self.lease = self._fleet.admit({job.adapter for job in self._plan.jobs}, len(self._plan.jobs))
         self._start([self._command(job) for job in self._plan.jobs])
@@ -227,4 +236,7 @@ class Generation:
     def observe(self) -> None:
         """Counts the request as answered, in the metrics."""
         usage = self.usage()
+        for index, job in enumerate(self._plan.jobs):
+            if job.adapter is not None:
+                self._metrics.on_adapter(job.adapter, len(job.prompt), self._choices[index].num_tokens)
         self._metrics.on_answer(time.monotonic() - self._plan.started_s, usage.prompt_tokens, usage.completion_tokens)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 _LATENCY_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
 _ANSWER_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
-_MAX_SHOWN_ADAPTERS = 256  # in one label
+_MAX_SHOWN_ADAPTERS = 256  # in one label, and with series of their own
+_OTHER = "(other)"  # no adapter can be called so
 
 
 class Metrics:
@@ -42,6 +43,9 @@ class Metrics:
         self._http: dict[tuple[str, int], Counter] = {}  # found faster here than by labels
         self._success = counter("vllm:request_success", "Sequences that ended of themselves.", "finished_reason")
         self._errors = counter("polylora_stream_errors", "Sequences that failed, by the worker's code.", "code")
+        self._sequences = counter("polylora_adapter_sequences", "Sequences answered under an adapter.", "adapter")
+        self._tokens = counter("polylora_adapter_tokens", "Tokens of those, prompts and answers.", "adapter", "kind")
+        self._shown: set[str] = set()  # adapters with series of their own; the others share one
         self._requests = counter("polylora_http_requests", "Answered HTTP requests.", "route", "code")
         self.disconnects = counter("polylora_client_disconnects", "Clients that went before their answer was complete.")
         self.inflight = Gauge("polylora_inflight", "HTTP requests being answered.", registry=self.registry)
@@ -67,6 +71,17 @@ class Metrics:
         self._answer.observe(seconds)
         self._prompt.observe(num_prompt)
         self._generated.observe(num_generated)
+
+    def on_adapter(self, name: str, num_prompt: int, num_generated: int) -> None:
+        """A sequence under an adapter was answered in full."""
+        if name not in self._shown:
+            if len(self._shown) < _MAX_SHOWN_ADAPTERS:
+                self._shown.add(name)
+            else:
+                name = _OTHER
+        self._sequences.labels(name).inc()
+        self._tokens.labels(name, "prompt").inc(num_prompt)
+        self._tokens.labels(name, "generated").inc(num_generated)
 
     def on_http(self, route: str, status: int) -> None:
         """An HTTP request ended."""

@@ -7,9 +7,19 @@ from dataclasses import dataclass
 
 from gateway.errors import invalid, model_not_found, overloaded, unavailable
 from gateway.model_text import ModelText
-from gateway.session import Session
+from gateway.quotas import Quotas
+from gateway.session import Session, SessionLost
 from gateway.worker_client import WorkerClient
-from protocol.messages import BASE_GENERATION, AdapterInfo, AdapterReply, ModelCard
+from protocol.errors import Error
+from protocol.messages import (
+    BASE_GENERATION,
+    AdapterEntry,
+    AdapterInfo,
+    AdapterMemory,
+    AdapterReply,
+    AdapterState,
+    ModelCard,
+)
 
 
 @dataclass(slots=True)
@@ -21,9 +31,12 @@ class Lease:
     text: ModelText
     generations: dict[str | None, int]
     num_sequences: int
+    quotas: Quotas
 
     def release(self) -> None:
         """Gives the credits back; more than once is harmless."""
+        if self.num_sequences:
+            self.quotas.leave([name for name in self.generations if name is not None])
         self.session.num_reserved -= self.num_sequences
         self.num_sequences = 0
 
@@ -31,7 +44,8 @@ class Lease:
 class Fleet:
     """All workers. They serve one model: one with another model than the first that answered gets no work."""
 
-    def __init__(self, endpoints: Collection[str], build: str = "") -> None:
+    def __init__(self, endpoints: Collection[str], build: str = "", quotas: Quotas | None = None) -> None:
+        self._quotas = quotas or Quotas(0, 0)
         gateway_id = os.urandom(16)
         self.workers = [WorkerClient(endpoint, gateway_id, build) for endpoint in endpoints]
 
@@ -104,21 +118,48 @@ class Fleet:
             raise invalid("n", message)
         if _num_free(worker) < num_sequences:
             raise overloaded()
+        self._quotas.enter(names)
         session.num_reserved += num_sequences
         generations: dict[str | None, int] = {None: BASE_GENERATION}
         generations.update((name, worker.adapters[name].generation) for name in names)
-        return Lease(session, model, text, generations, num_sequences)
+        return Lease(session, model, text, generations, num_sequences, self._quotas)
 
-    async def load(self, name: str, source: str, pinned: bool, replace: bool) -> AdapterReply:
+    async def load(
+        self, name: str, source: str | None, pinned: bool | None, replace: bool, expected_generation: int | None = None
+    ) -> AdapterReply:
         """Loads an adapter on every worker; the reply is the first that failed, or one of them."""
-        ready = self._require_ready()
-        return _worst(await asyncio.gather(*(w.load_adapter(name, source, pinned, replace) for w in ready)))
+        loads = (w.load_adapter(name, source, pinned, replace, expected_generation) for w in self._require_ready())
+        return _worst(await asyncio.gather(*loads))
 
-    async def unload(self, name: str, timeout_ms: int) -> AdapterReply:
+    async def find(self, name: str) -> AdapterReply:
+        """Has the workers' resolvers load an adapter that a request names."""
+        ready = self._require_ready()
+        loads = (worker.load_adapter(name, None, None, False, on_demand=True) for worker in ready)
+        return _worst(await asyncio.gather(*loads))
+
+    async def unload(
+        self, name: str, timeout_ms: int, force: bool = False, expected_generation: int | None = None
+    ) -> AdapterReply:
         """Unloads an adapter from every worker that has it; the reply is the first that failed, or one of them."""
         ready = self._require_ready()
         ready = [worker for worker in ready if name in worker.adapters] or ready
-        return _worst(await asyncio.gather(*(w.unload_adapter(name, timeout_ms) for w in ready)))
+        unloads = (worker.unload_adapter(name, timeout_ms, force, expected_generation) for worker in ready)
+        return _worst(await asyncio.gather(*unloads))
+
+    async def list_adapters(self, name: str | None = None) -> list[tuple[int, list[AdapterEntry], AdapterMemory]]:
+        """What each worker has, with the worker's number; a 503 if none answers."""
+        ready = self._require_ready()
+        answers = await asyncio.gather(*(worker.list_adapters(name) for worker in ready), return_exceptions=True)
+        lists = []
+        for worker, answer in zip(ready, answers, strict=True):
+            if isinstance(answer, SessionLost):
+                continue
+            if isinstance(answer, BaseException):
+                raise answer
+            lists.append((self.workers.index(worker), *answer))
+        if not lists:
+            raise unavailable()
+        return lists
 
     def _require_ready(self) -> list[WorkerClient]:
         if not (ready := self.ready()):
@@ -132,4 +173,10 @@ def _num_free(worker: WorkerClient) -> int:
 
 
 def _worst(replies: list[AdapterReply]) -> AdapterReply:
-    return next((reply for reply in replies if reply.error is not None), replies[0])
+    """The first failure, which says how many failed; or a worker that still drains; or any."""
+    failed = [reply for reply in replies if reply.error is not None]
+    if failed and (error := failed[0].error) is not None and len(failed) < len(replies):
+        message = f"{error.message} ({len(failed)} of {len(replies)} workers failed; the others did it)"
+        return AdapterReply(request_id=0, error=Error(error.code, message, error.param))
+    draining = [reply for reply in replies if reply.adapter is not None and reply.adapter.state != AdapterState.REMOVED]
+    return [*failed, *draining, *replies][0]

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection
 
-from gateway.errors import ApiError, invalid, model_not_found
+from gateway.errors import UnknownAdapter, invalid, model_not_found
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 
@@ -18,10 +18,11 @@ def resolve(model: str, bases: Collection[str], adapters: Collection[str]) -> st
         return None
     if model in adapters:
         return model
-    for base in bases:
-        if model.startswith(base + ":") and model[len(base) + 1 :] in adapters:
-            return model[len(base) + 1 :]
-    raise model_not_found(model)
+    halves = [model[len(base) + 1 :] for base in bases if model.startswith(base + ":")]
+    for adapter in halves:
+        if adapter in adapters:
+            return adapter
+    raise model_not_found(model, next(iter(halves), None))
 
 
 def resolve_with_lora_path(
@@ -33,18 +34,23 @@ def resolve_with_lora_path(
         return adapter
     try:
         chosen = resolve(lora_path, bases, adapters)
-    except ApiError:
+    except UnknownAdapter as unknown:
         message = f"lora_path: no adapter {lora_path[:200]!r} is loaded."
-        raise ApiError(404, message, param="lora_path", code="model_not_found") from None
+        raise UnknownAdapter(unknown.adapter, message, "lora_path") from None
     if adapter is not None and chosen != adapter:
         raise invalid("lora_path", "lora_path and model name two different adapters.")
     return chosen
 
 
-def check_adapter_name(name: str) -> None:
+def is_adapter_name(name: str) -> bool:
+    """Whether an adapter may be called so."""
+    return _NAME.fullmatch(name) is not None
+
+
+def check_adapter_name(name: str, param: str = "lora_name") -> None:
     """Raises a 400 if the name cannot be an adapter's."""
-    if _NAME.fullmatch(name) is None:
+    if not is_adapter_name(name):
         raise invalid(
-            "lora_name",
-            "lora_name must be 1 to 128 letters, digits and . _ : / - and begin with a letter or a digit.",
+            param,
+            f"{param} must be 1 to 128 letters, digits and . _ : / - and begin with a letter or a digit.",
         )

@@ -18,6 +18,7 @@ from protocol.codec import decode_event
 from protocol.errors import Error, ErrorCode, ProtocolError
 from protocol.messages import (
     Abort,
+    AdapterList,
     AdapterReply,
     AnyCommand,
     AnyEvent,
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 MAX_FRAMES_A_TURN = 64  # then other tasks of the loop get their turn
 MAX_PENDING_OUTPUTS = 16_384  # of one HTTP request whose client does not read
 _UNSENT_FRAMES = 4096  # send high-water mark; a worker that lets this many pile up is lost
+
+Reply = AdapterReply | AdapterList | FileChunk  # events that answer one command
 
 
 class SessionLost(Exception):
@@ -100,7 +103,7 @@ class Session:
         self._sender = CommandSender(number)
         self._receiver: Receiver | None = None
         self._streams: dict[int, Stream] = {}
-        self._replies: dict[int, asyncio.Future[AdapterReply | FileChunk]] = {}
+        self._replies: dict[int, asyncio.Future[Reply]] = {}
         self._next_request_id = 1
         self.welcome: asyncio.Future[Welcome] = self._loop.create_future()
         self.lost = asyncio.Event()
@@ -174,9 +177,9 @@ class Session:
         if self._streams.pop(request_id, None) is not None:
             self.send(Abort(request_id=request_id))
 
-    def ask(self, request_id: int, command: AnyCommand) -> "asyncio.Future[AdapterReply | FileChunk]":
+    def ask(self, request_id: int, command: AnyCommand) -> "asyncio.Future[Reply]":
         """Sends a command that is answered once. The future raises SessionLost if no answer can come any more."""
-        reply: asyncio.Future[AdapterReply | FileChunk] = self._loop.create_future()
+        reply: asyncio.Future[Reply] = self._loop.create_future()
         if self.lost.is_set():
             reply.set_exception(SessionLost(self.reason))
             return reply
@@ -231,7 +234,7 @@ class Session:
             case Outputs():
                 for output in body.outputs:
                     self._deliver(output)
-            case AdapterReply() | FileChunk():
+            case AdapterReply() | AdapterList() | FileChunk():
                 reply = self._replies.get(body.request_id)
                 if reply is not None and not reply.done():
                     reply.set_result(body)

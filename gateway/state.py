@@ -3,16 +3,17 @@
 import asyncio
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from starlette.requests import Request
 
 from gateway.config import GatewayConfig
-from gateway.errors import ApiError
+from gateway.errors import ApiError, from_worker, unavailable
 from gateway.generation import Generation, Plan
 from gateway.metrics import Metrics
 from gateway.placement import Fleet, Lease
-from gateway.registry import resolve_with_lora_path
+from gateway.registry import is_adapter_name, resolve_with_lora_path
+from protocol.errors import ErrorCode
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,6 +30,7 @@ class Gateway:
         self.metrics = Metrics()
         self.metrics.watch(fleet)
         self.draining = False
+        self._kept: set[asyncio.Future[Any]] = set()
         self._threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="text")
 
     async def in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -48,6 +50,30 @@ class Gateway:
     def generate(self, lease: Lease, plan: Plan) -> Generation:
         """Starts a request's sequences."""
         return Generation(self.fleet, lease, plan, self.metrics)
+
+    async def find_adapter(self, name: str) -> bool:
+        """Has the workers' resolver load an adapter that is not; False if there is no such adapter or no resolver.
+
+        Raises what is wrong with it, or a 503 if it takes long; the load goes on then.
+        """
+        card = self.fleet.model
+        if card is None or not card.adapter_resolver or name in card.names or not is_adapter_name(name):
+            return False
+        loading = asyncio.ensure_future(self.fleet.find(name))
+        await asyncio.wait([loading], timeout=self.config.resolve_timeout_s)
+        if not loading.done():
+            self.keep(loading)
+            raise unavailable(f"The adapter {name!r} is being loaded; try again shortly.")
+        error = loading.result().error
+        if error is not None and error.code is not ErrorCode.ADAPTER_NOT_FOUND:
+            raise from_worker(error)
+        return error is None
+
+    def keep(self, work: "asyncio.Future[Any]") -> None:
+        """Holds on to work that nobody waits for."""
+        self._kept.add(work)
+        work.add_done_callback(self._kept.discard)
+        work.add_done_callback(lambda work: work.cancelled() or work.exception())  # looked at: nobody else may
 
     async def close(self) -> None:
         """Ends the connections and the threads."""

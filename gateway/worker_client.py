@@ -21,7 +21,10 @@ from protocol import (
 from protocol.errors import Error, ErrorCode
 from protocol.messages import (
     AdapterChanged,
+    AdapterEntry,
     AdapterInfo,
+    AdapterList,
+    AdapterMemory,
     AdapterReply,
     AdapterState,
     AnyEvent,
@@ -31,6 +34,7 @@ from protocol.messages import (
     GatewayHeartbeat,
     Goodbye,
     Hello,
+    ListAdapters,
     LoadAdapter,
     ModelCard,
     UnloadAdapter,
@@ -214,27 +218,65 @@ class WorkerClient:
 
     # ------------------------------------------------------------------------------------------------- adapters
 
-    async def load_adapter(self, name: str, source: str, pinned: bool, replace: bool) -> AdapterReply:
+    async def load_adapter(
+        self,
+        name: str,
+        source: str | None,
+        pinned: bool | None,
+        replace: bool,
+        expected_generation: int | None = None,
+        on_demand: bool = False,
+    ) -> AdapterReply:
         """Loads an adapter; the reply carries it or an error. Never raises for what the worker does."""
         if (session := self.session) is None:
             return AdapterReply(request_id=0, error=_lost_worker)
-        request_id = session.new_request_id()
-        command = LoadAdapter(request_id=request_id, name=name, source=source, pinned=pinned, replace=replace)
-        return await self._reply(session, request_id, command)
+        command = LoadAdapter(
+            request_id=session.new_request_id(),
+            name=name,
+            source=source,
+            pinned=pinned,
+            replace=replace,
+            expected_generation=expected_generation,
+            on_demand=on_demand,
+        )
+        return await self._reply(session, command)
 
-    async def unload_adapter(self, name: str, timeout_ms: int) -> AdapterReply:
+    async def unload_adapter(
+        self, name: str, timeout_ms: int, force: bool = False, expected_generation: int | None = None
+    ) -> AdapterReply:
         """Unloads an adapter, waiting for its streams up to the timeout. Never raises for what the worker does."""
         if (session := self.session) is None:
             return AdapterReply(request_id=0, error=_lost_worker)
-        request_id = session.new_request_id()
-        command = UnloadAdapter(request_id=request_id, name=name, timeout_ms=timeout_ms)
-        return await self._reply(session, request_id, command)
+        command = UnloadAdapter(
+            request_id=session.new_request_id(),
+            name=name,
+            timeout_ms=timeout_ms,
+            force=force,
+            expected_generation=expected_generation,
+        )
+        return await self._reply(session, command)
+
+    async def list_adapters(self, name: str | None = None) -> tuple[list[AdapterEntry], AdapterMemory]:
+        """What the worker has, of one name or of all. Raises SessionLost."""
+        entries: list[AdapterEntry] = []
+        after = 0
+        while True:
+            if (session := self.session) is None:
+                raise SessionLost("not connected")
+            request_id = session.new_request_id()
+            page = await session.ask(request_id, ListAdapters(request_id=request_id, name=name, after=after))
+            assert isinstance(page, AdapterList)
+            entries += page.adapters
+            last = page.adapters[-1].info if page.adapters else None
+            if not page.more or last is None or last.generation <= after:
+                return entries, page.memory
+            after = last.generation
 
     @staticmethod
-    async def _reply(session: Session, request_id: int, command: LoadAdapter | UnloadAdapter) -> AdapterReply:
+    async def _reply(session: Session, command: LoadAdapter | UnloadAdapter) -> AdapterReply:
         try:
-            reply = await session.ask(request_id, command)
+            reply = await session.ask(command.request_id, command)
         except SessionLost:
-            return AdapterReply(request_id=request_id, error=_lost_worker)
+            return AdapterReply(request_id=command.request_id, error=_lost_worker)
         assert isinstance(reply, AdapterReply)
         return reply

@@ -13,6 +13,7 @@ from protocol.errors import Error
 from protocol.sampling import SamplingParams, TokenId
 
 BASE_GENERATION = 0  # the base model, no adapter
+MAX_LISTED_ADAPTERS = 500  # in one Welcome or AdapterList, so that none outgrows a frame
 
 AdapterName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"\A[A-Za-z0-9][A-Za-z0-9._:/-]*\Z")]
 ProcessId = Annotated[bytes, Meta(min_length=16, max_length=16)]  # random at each boot
@@ -47,6 +48,7 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     max_model_len: Annotated[int, Meta(ge=1)]  # prompt and answer together, tokens
     eos_token_ids: list[TokenId]
     lora_enabled: bool
+    adapter_resolver: bool = False  # whether a name that is not loaded may be found and loaded on first use
 
 
 class AdapterInfo(Struct, frozen=True, kw_only=True):
@@ -62,6 +64,41 @@ class AdapterInfo(Struct, frozen=True, kw_only=True):
     modules: list[str]
     num_bytes: int
     created: int  # unix seconds of the load
+
+
+class AdapterUsage(Struct, frozen=True, kw_only=True):
+    """Where a generation's content is, and how it was used. Bytes are 0 where it is not."""
+
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int  # its copy in the worker's store; generations of equal content share one
+    num_unfinished: int  # sequences bound to it
+    num_requests: int  # sequences ever bound to it
+    num_hits: int  # times that a sequence found it on the device when its turn came
+    num_misses: int  # times that one had to wait for the copy
+    last_used: int  # unix seconds at which the last sequence came or ended; 0: never
+
+
+class AdapterEntry(Struct, frozen=True, kw_only=True):
+    """One line of an AdapterList: a generation, a load at work (no info yet), or a load that failed (an error)."""
+
+    name: AdapterName
+    source: str  # as it was given; for admin routes only
+    info: AdapterInfo | None = None
+    usage: AdapterUsage | None = None
+    error: Error | None = None
+
+
+class AdapterMemory(Struct, frozen=True, kw_only=True):
+    """What adapters take of the worker, all of them together."""
+
+    chunk_bytes: int  # of rank 16
+    chunks_total: int  # on the device
+    chunks_free: int
+    host_adapters: int
+    host_adapters_max: int
+    host_bytes: int
+    disk_bytes: int
 
 
 class FileInfo(Struct, frozen=True):
@@ -128,23 +165,41 @@ class Abort(Command, frozen=True, kw_only=True, tag="abort"):
 
 
 class LoadAdapter(Command, frozen=True, kw_only=True, tag="load_adapter"):
-    """Loads, or with `replace` reloads, an adapter under a name. Answered by one AdapterReply."""
+    """Loads, or with `replace` reloads, an adapter under a name. Answered by one AdapterReply.
+
+    Without a source the name must answer in the end: it does already, and only its pin may change, or the worker's
+    resolver finds it.
+    """
 
     request_id: Unsigned
     name: AdapterName
-    source: Annotated[str, Meta(min_length=1, max_length=4096)]
-    pinned: bool = False
+    source: Annotated[str, Meta(min_length=1, max_length=4096)] | None
+    pinned: bool | None = None  # None: as it is; a new adapter is not
     replace: bool = False
-    expected_generation: Unsigned | None = None  # with replace: only if this generation holds the name
+    expected_generation: Unsigned | None = None  # only if this generation holds the name; 0: only if none does
+    on_demand: bool = False  # for a request, not for an administrator: what was unloaded on purpose stays away
 
 
 class UnloadAdapter(Command, frozen=True, kw_only=True, tag="unload_adapter"):
-    """Takes the name away at once, lets its streams finish, then frees. Answered by one AdapterReply."""
+    """Takes the name away at once, lets its streams finish, then frees. Answered by one AdapterReply.
+
+    A name that is only being loaded has its load cancelled; the reply then carries no adapter. A name that is gone but
+    still drains is waited for, or forced, once more.
+    """
 
     request_id: Unsigned
     name: AdapterName
     timeout_ms: Annotated[int, Meta(ge=0, le=3_600_000)]  # how long to wait for the streams before replying
     force: bool = False  # fail the streams instead of waiting
+    expected_generation: Unsigned | None = None  # only if this generation holds the name
+
+
+class ListAdapters(Command, frozen=True, kw_only=True, tag="list_adapters"):
+    """Asks what is loaded, loading or draining. Answered by one AdapterList, however long the running step takes."""
+
+    request_id: Unsigned
+    name: AdapterName | None = None  # of this name only
+    after: Unsigned = 0  # generations above this one; with 0 the loads at work and those that failed come first
 
 
 class FetchFile(Command, frozen=True, kw_only=True, tag="fetch_file"):
@@ -165,7 +220,9 @@ class Goodbye(Command, frozen=True, kw_only=True, tag="goodbye"):
     """The gateway closes the session."""
 
 
-AnyCommand = Hello | Generate | Abort | LoadAdapter | UnloadAdapter | FetchFile | GatewayHeartbeat | Goodbye
+AnyCommand = (
+    Hello | Generate | Abort | LoadAdapter | UnloadAdapter | ListAdapters | FetchFile | GatewayHeartbeat | Goodbye
+)
 
 
 # -------------------------------------------------------------------------------------- events: worker → gateway
@@ -226,7 +283,17 @@ class AdapterReply(Event, frozen=True, kw_only=True, tag="adapter_reply"):
 
     request_id: Unsigned
     adapter: AdapterInfo | None = None
+    usage: AdapterUsage | None = None
     error: Error | None = None
+
+
+class AdapterList(Event, frozen=True, kw_only=True, tag="adapter_list"):
+    """At most MAX_LISTED_ADAPTERS generations, oldest first; `more` follow after the last of them."""
+
+    request_id: Unsigned
+    adapters: list[AdapterEntry]
+    more: bool
+    memory: AdapterMemory
 
 
 class AdapterChanged(Event, frozen=True, kw_only=True, tag="adapter_changed"):
@@ -251,7 +318,7 @@ class WorkerHeartbeat(Event, frozen=True, kw_only=True, tag="heartbeat"):
     status: WorkerStatus
 
 
-AnyEvent = Welcome | Reject | Outputs | AdapterReply | AdapterChanged | FileChunk | WorkerHeartbeat
+AnyEvent = Welcome | Reject | Outputs | AdapterReply | AdapterList | AdapterChanged | FileChunk | WorkerHeartbeat
 
 
 # ----------------------------------------------------------------------------------------------------- envelopes

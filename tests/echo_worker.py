@@ -4,7 +4,7 @@ It speaks the protocol from its own reading of it, and imports nothing of the wo
 
     python -m tests.echo_worker --endpoint ipc:///tmp/x/worker.sock [--control ipc:///tmp/x/control.sock] [--delay-ms 1]
 
-The control socket (REQ) takes one JSON object: {"do": "die" | "hang" | "mute" | "drop" | "delay" | "stats", ...}.
+The control socket (REQ) takes one JSON object: {"do": "die", "hang", "mute", "drop", "gone", "delay" or "stats", ...}.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import zmq
 
 from protocol import DEAD_AFTER_S, FILE_CHUNK_BYTES, HEARTBEAT_INTERVAL_S, MAX_FRAME_BYTES
@@ -25,19 +26,23 @@ from protocol.errors import Error, ErrorCode, ProtocolError
 from protocol.messages import (
     Abort,
     AdapterChanged,
+    AdapterEntry,
     AdapterInfo,
+    AdapterList,
+    AdapterMemory,
     AdapterReply,
     AdapterState,
+    AdapterUsage,
     AnyEvent,
     CommandEnvelope,
     FetchFile,
     FileChunk,
     FileInfo,
     FinishReason,
-    GatewayHeartbeat,
     Generate,
     Goodbye,
     Hello,
+    ListAdapters,
     LoadAdapter,
     ModelCard,
     Output,
@@ -111,7 +116,10 @@ class EchoWorker:
         self.peers: dict[bytes, Peer] = {}
         self.adapters: dict[int, AdapterInfo] = {}
         self.unloading: dict[int, tuple[bytes, int, float]] = {}  # generation → routing id, request id, deadline
-        self.counts = {"aborts": 0, "generates": 0, "hellos": 0, "drop": 0, "steps": 0}
+        self.loading: list[tuple[bytes, LoadAdapter, float]] = []  # slow loads: routing id, command, when they end
+        self.last_generation = 0
+        self.failed: dict[str, AdapterEntry] = {}
+        self.counts = {"aborts": 0, "generates": 0, "hellos": 0, "drop": 0, "gone": 0, "steps": 0}
         self.muted = False
         context = zmq.Context()
         self.router = context.socket(zmq.ROUTER)
@@ -137,7 +145,7 @@ class EchoWorker:
         next_beat = next_step = time.monotonic()
         while True:
             now = time.monotonic()
-            busy = any(peer.running for peer in self.peers.values())
+            busy = self.unloading or self.loading or any(peer.running for peer in self.peers.values())
             until = min(next_beat, next_step) if busy else next_beat
             events = dict(poller.poll(max(0, int((until - now) * 1000))))
             while self.router in events and self._receive():
@@ -162,6 +170,8 @@ class EchoWorker:
                 self.muted = True
             case "drop":
                 self.counts["drop"] += 1
+            case "gone":
+                self.counts["gone"] = order["times"]
             case "delay":
                 self.delay_s = order["ms"] / 1000
         running = sum(len(peer.running) for peer in self.peers.values())
@@ -212,6 +222,8 @@ class EchoWorker:
                 self.counts["aborts"] += peer.running.pop(command.request_id, None) is not None
             case LoadAdapter():
                 self._load(routing_id, command)
+            case ListAdapters():
+                self._list(routing_id, command)
             case UnloadAdapter():
                 self._unload(routing_id, command)
             case FetchFile():
@@ -219,8 +231,6 @@ class EchoWorker:
                 self._send(routing_id, FileChunk(request_id=command.request_id, data=piece))
             case Goodbye():
                 del self.peers[routing_id]
-            case GatewayHeartbeat():
-                pass
 
     def _welcome(self, routing_id: bytes, session: int, hello: Hello) -> None:
         self.counts["hellos"] += 1
@@ -235,6 +245,7 @@ class EchoWorker:
             max_model_len=4096,
             eos_token_ids=[2],
             lora_enabled=True,
+            adapter_resolver=True,
         )
         files = [FileInfo(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in self.files.items()]
         event = Welcome(
@@ -252,7 +263,8 @@ class EchoWorker:
         self.counts["generates"] += 1
         digest = ""
         if command.generation:
-            if command.generation not in self.adapters:
+            if command.generation not in self.adapters or self.counts["gone"]:
+                self.counts["gone"] = max(0, self.counts["gone"] - 1)
                 error = Error(ErrorCode.ADAPTER_GONE, "The adapter was unloaded.", "model")
                 output = Output(request_id=command.request_id, offset=0, token_ids=[], error=error)
                 self._send(routing_id, Outputs(outputs=[output]))
@@ -262,38 +274,108 @@ class EchoWorker:
             command, echo_key(command.prompt_token_ids, digest, command.sampling.seed)
         )
 
-    def _load(self, routing_id: bytes, command: LoadAdapter) -> None:
+    def _load(self, routing_id: bytes, command: LoadAdapter, slow: bool = True) -> None:
+        if slow and (command.source or command.name).startswith(("slow", "found-slow")):
+            self.loading.append((routing_id, command, time.monotonic() + 0.3))
+            return
         old = next((a for a in self.adapters.values() if a.name == command.name and a.state == "ready"), None)
-        error = None
-        if command.source == "missing":
-            error = Error(ErrorCode.ADAPTER_NOT_FOUND, "Nothing is found at the source.", "lora_path")
-        elif command.source == "bad":
-            error = Error(ErrorCode.ADAPTER_INVALID, "The adapter's key 'bias' is not supported.", "lora_path")
-        elif old is not None and not command.replace:
-            error = Error(ErrorCode.ADAPTER_EXISTS, f"The adapter {command.name!r} is loaded already.", "lora_name")
+        error = self._refuse(command, old)
         if error is not None:
+            if error.code is ErrorCode.ADAPTER_INVALID:
+                self.failed[command.name] = AdapterEntry(name=command.name, source=command.source or "", error=error)
             self._send(routing_id, AdapterReply(request_id=command.request_id, error=error))
             return
-        info = self._add(command.name, command.source, command.pinned)
+        self.failed.pop(command.name, None)
+        if old is not None and command.source is None:
+            info = self.adapters[old.generation] = msgspec.structs.replace(old, pinned=bool(command.pinned))
+        else:
+            info = self._add(command.name, command.source or command.name, bool(command.pinned))
         self._tell(info)
-        if old is not None:
+        if old is not None and info.generation != old.generation:
             self._retire(old)
-        self._send(routing_id, AdapterReply(request_id=command.request_id, adapter=info))
+        self._send(routing_id, AdapterReply(request_id=command.request_id, adapter=info, usage=self._usage(info)))
+
+    @staticmethod
+    def _refuse(command: LoadAdapter, old: AdapterInfo | None) -> Error | None:
+        if command.expected_generation is not None and command.expected_generation != (old.generation if old else 0):
+            return Error(ErrorCode.ADAPTER_CONFLICT, "The generation is another.", "expected_generation")
+        if command.source is None and old is None and not command.name.startswith("found"):
+            return Error(ErrorCode.ADAPTER_NOT_FOUND, f"No adapter {command.name!r} is loaded.", "lora_name")
+        if command.source == "missing":
+            return Error(ErrorCode.ADAPTER_NOT_FOUND, "Nothing is found at the source.", "lora_path")
+        if command.source in ("full", "away"):
+            code = ErrorCode.STORE_FULL if command.source == "full" else ErrorCode.SOURCE_UNAVAILABLE
+            return Error(code, "The load failed.", "lora_path")
+        if (command.source or "").endswith("bad"):
+            return Error(ErrorCode.ADAPTER_INVALID, "The adapter's key 'bias' is not supported.", "lora_path")
+        if old is not None and not command.replace and command.source is not None:
+            return Error(ErrorCode.ADAPTER_EXISTS, f"The adapter {command.name!r} is loaded already.", "lora_name")
+        return None
+
+    def _list(self, routing_id: bytes, command: ListAdapters) -> None:
+        """Two generations a page, so that pages are read on."""
+        found = [a for a in self.adapters.values() if a.generation > command.after]
+        found = [a for a in found if command.name in (None, a.name)]
+        entries = [AdapterEntry(name=a.name, source=a.source, info=a, usage=self._usage(a)) for a in found[:2]]
+        if not command.after:
+            loads = [AdapterEntry(name=load.name, source=load.source or "") for _, load, _ in self.loading]
+            loads += self.failed.values()
+            entries = [entry for entry in loads if command.name in (None, entry.name)] + entries
+        memory = AdapterMemory(
+            chunk_bytes=1000,
+            chunks_total=100,
+            chunks_free=100 - len(self.adapters),
+            host_adapters=len(self.adapters),
+            host_adapters_max=100,
+            host_bytes=1000 * len(self.adapters),
+            disk_bytes=1000 * len(self.adapters),
+        )
+        event = AdapterList(request_id=command.request_id, adapters=entries, more=len(found) > 2, memory=memory)
+        self._send(routing_id, event)
+
+    def _usage(self, info: AdapterInfo) -> AdapterUsage:
+        held = 1000 if info.generation in self.adapters else 0
+        return AdapterUsage(
+            device_bytes=held,
+            host_bytes=held,
+            disk_bytes=held,
+            num_unfinished=len([key for key in self._running() if key == info.generation]),
+            num_requests=0,
+            num_hits=0,
+            num_misses=0,
+            last_used=0,
+        )
+
+    def _running(self) -> list[int]:
+        return [r.command.generation for peer in self.peers.values() for r in peer.running.values()]
 
     def _unload(self, routing_id: bytes, command: UnloadAdapter) -> None:
+        self.failed.pop(command.name, None)
         old = next((a for a in self.adapters.values() if a.name == command.name and a.state == "ready"), None)
         if old is None:
+            ours = [load for load in self.loading if load[1].name == command.name]
+            self.loading = [load for load in self.loading if load not in ours]
+            for waiting, load, _ in ours:
+                error = Error(ErrorCode.LOAD_CANCELLED, "The load was cancelled.", "lora_name")
+                self._send(waiting, AdapterReply(request_id=load.request_id, error=error))
             error = Error(ErrorCode.ADAPTER_NOT_FOUND, f"No adapter {command.name!r} is loaded.", "lora_name")
+            self._send(routing_id, AdapterReply(request_id=command.request_id, error=None if ours else error))
+            return
+        if command.expected_generation not in (None, old.generation):
+            error = Error(ErrorCode.ADAPTER_CONFLICT, "The generation is another.", "expected_generation")
             self._send(routing_id, AdapterReply(request_id=command.request_id, error=error))
             return
+        if command.force:
+            self._fail(old.generation)
         deadline = time.monotonic() + command.timeout_ms / 1000
         self.unloading[old.generation] = (routing_id, command.request_id, deadline)
         self._retire(old)
 
     def _add(self, name: str, source: str, pinned: bool) -> AdapterInfo:
+        self.last_generation += 1
         info = AdapterInfo(
             name=name,
-            generation=max(self.adapters, default=0) + 1,
+            generation=self.last_generation,
             digest=digest_of(source),
             state=AdapterState.READY,
             source=source,
@@ -306,9 +388,16 @@ class EchoWorker:
         self.adapters[info.generation] = info
         return info
 
+    def _fail(self, generation: int) -> None:
+        error = Error(ErrorCode.ADAPTER_GONE, "The adapter was unloaded.", "model")
+        for routing_id, peer in list(self.peers.items()):
+            for request_id in [r for r, running in peer.running.items() if running.command.generation == generation]:
+                offset = peer.running.pop(request_id).num_sent
+                output = Output(request_id=request_id, offset=offset, token_ids=[], error=error)
+                self._send(routing_id, Outputs(outputs=[output]))
+
     def _retire(self, info: AdapterInfo) -> None:
-        fields = {name: getattr(info, name) for name in info.__struct_fields__}
-        self.adapters[info.generation] = AdapterInfo(**{**fields, "state": AdapterState.DRAINING})
+        self.adapters[info.generation] = msgspec.structs.replace(info, state=AdapterState.DRAINING)
         self._tell(self.adapters[info.generation])
 
     def _tell(self, info: AdapterInfo) -> None:
@@ -328,14 +417,18 @@ class EchoWorker:
                 peer.sender.stamp(event)  # counted, never sent
             else:
                 self._send(routing_id, event)
-        used = {running.command.generation for peer in self.peers.values() for running in peer.running.values()}
+        for load in [load for load in self.loading if load[2] <= time.monotonic()]:
+            self.loading.remove(load)
+            self._load(*load[:2], slow=False)
+        used = self._running()
         for info in [a for a in self.adapters.values() if a.state is AdapterState.DRAINING]:
             routing_id, request_id, deadline = self.unloading.get(info.generation, (b"", 0, 0.0))
             if info.generation not in used or (routing_id and time.monotonic() >= deadline):
                 if info.generation not in used:
                     del self.adapters[info.generation]
+                    info = msgspec.structs.replace(info, state=AdapterState.REMOVED)
                 self.unloading.pop(info.generation, None)
-                self._send(routing_id, AdapterReply(request_id=request_id, adapter=info))
+                self._send(routing_id, AdapterReply(request_id=request_id, adapter=info, usage=self._usage(info)))
 
     def _next(self, peer: Peer, running: Running) -> Output:
         command, offset = running.command, running.num_sent

@@ -20,7 +20,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "protocol": {"msgspec"},
     "kernels": {"torch", "triton"},
     "gateway": {"httpx", "jinja2", "msgspec", "prometheus_client", "starlette", "tokenizers", "uvicorn", "zmq"},
-    "worker": {"gguf", "huggingface_hub", "msgspec", "safetensors", "torch", "transformers", "zmq"},
+    "worker": {"fsspec", "gguf", "huggingface_hub", "msgspec", "safetensors", "torch", "transformers", "zmq"},
 }
 # Scheduling is plain Python: these never import torch, so Hypothesis can drive them in microseconds a step.
 TORCH_FREE = ["sequence", "scheduler", "block_manager", "adapter_cache", "chunk_layout", "config"]

@@ -4,11 +4,12 @@ A generation is a name bound to exact content. Its content can be on the device 
 and always is in the private store, from which it comes back by digest. Nothing here touches a tensor or a file.
 """
 
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
 from protocol.errors import Error, ErrorCode
-from protocol.messages import AdapterInfo, AdapterState
+from protocol.messages import AdapterInfo, AdapterMemory, AdapterState, AdapterUsage
 
 MAX_ADAPTERS = 16_384  # names and draining generations together
 
@@ -24,6 +25,7 @@ class Adapter:
     rank: int
     modules: tuple[str, ...]
     num_bytes: int
+    stored_bytes: int  # in the private store
     num_chunks: int
     pinned: bool
     created: int  # unix seconds
@@ -34,6 +36,11 @@ class Adapter:
     chunk_ids: tuple[int, ...] = ()  # empty: not on the device
     arriving: bool = False  # its copy to chunk_ids is not done
     in_host: bool = False
+    num_requests: int = 0  # sequences ever bound to it
+    num_hits: int = 0
+    num_misses: int = 0
+    missed: bool = False  # a sequence waits for its copy
+    last_used: int = 0  # unix seconds
 
     @property
     def idle(self) -> bool:
@@ -53,6 +60,19 @@ class Adapter:
             modules=list(self.modules),
             num_bytes=self.num_bytes,
             created=self.created,
+        )
+
+    def usage(self) -> AdapterUsage:
+        """Where its content is and how it was used."""
+        return AdapterUsage(
+            device_bytes=self.num_bytes if self.chunk_ids else 0,
+            host_bytes=self.num_bytes if self.in_host else 0,
+            disk_bytes=0 if self.state is AdapterState.REMOVED else self.stored_bytes,
+            num_unfinished=self.num_sequences,
+            num_requests=self.num_requests,
+            num_hits=self.num_hits,
+            num_misses=self.num_misses,
+            last_used=self.last_used,
         )
 
 
@@ -91,8 +111,32 @@ class AdapterCache:
         """Every generation of which something is left, oldest first."""
         return list(self._adapters.values())
 
-    def check(self, name: str, rank: int, num_chunks: int, pinned: bool) -> Error | None:
-        """Why an adapter of this size cannot be published under a name, or None."""
+    def draining(self, name: str) -> Adapter | None:
+        """The newest unloaded generation of a name that its streams still keep."""
+        found = [a for a in self._adapters.values() if a.name == name and a.unloaded]
+        return found[-1] if found else None
+
+    def memory(self, chunk_bytes: int) -> AdapterMemory:
+        """What all of them take. For any thread: it reads copies."""
+        adapters = self.adapters()
+        in_host = [adapter for adapter in adapters if adapter.in_host]
+        return AdapterMemory(
+            chunk_bytes=chunk_bytes,
+            chunks_total=self._num_chunks,
+            chunks_free=len(self._free_chunks),
+            host_adapters=len(in_host),
+            host_adapters_max=self._max_loaded,
+            host_bytes=sum(adapter.num_bytes for adapter in in_host),
+            disk_bytes=sum({adapter.digest: adapter.stored_bytes for adapter in adapters}.values()),
+        )
+
+    def check(
+        self, name: str, rank: int, num_chunks: int, pinned: bool, repinned: Adapter | None = None
+    ) -> Error | None:
+        """Why an adapter of this size cannot be published under a name, or None.
+
+        repinned: the generation itself, when only its pin is to change.
+        """
         replaced = self._names.get(name)
         others = [a for a in self._adapters.values() if a.pinned and a.generation != replaced]
         if pinned and len(others) >= self._max_per_batch - 1:
@@ -103,14 +147,14 @@ class AdapterCache:
                 "pinned",
             )
         num_pinned = sum(a.num_chunks for a in others) + pinned * num_chunks
-        loose = [a.num_chunks for a in self._adapters.values() if a not in others]
+        loose = [a.num_chunks for a in self._adapters.values() if a not in others and a is not repinned]
         if num_pinned + max(loose if pinned else [*loose, num_chunks], default=0) > self._num_chunks:
             return _limit(
                 f"adapter '{name}' of rank {rank} does not fit: it takes {num_chunks} chunks, and the device pool of"
                 f" {self._num_chunks} must hold all pinned adapters and the largest other at once",
                 "lora_path",
             )
-        if len(self._adapters) >= MAX_ADAPTERS:
+        if repinned is None and len(self._adapters) >= MAX_ADAPTERS:
             return _limit(f"at most {MAX_ADAPTERS} adapters can be loaded", "lora_name")
         return None
 
@@ -123,6 +167,7 @@ class AdapterCache:
         rank: int,
         modules: tuple[str, ...],
         num_bytes: int,
+        stored_bytes: int,
         num_chunks: int,
         pinned: bool,
         created: int,
@@ -137,6 +182,7 @@ class AdapterCache:
             rank=rank,
             modules=modules,
             num_bytes=num_bytes,
+            stored_bytes=stored_bytes,
             num_chunks=num_chunks,
             pinned=pinned,
             created=created,
@@ -160,10 +206,13 @@ class AdapterCache:
     def retain(self, adapter: Adapter) -> None:
         """One more unfinished sequence is bound to the generation."""
         adapter.num_sequences += 1
+        adapter.num_requests += 1
+        adapter.last_used = int(time.time())
 
     def let_go(self, adapter: Adapter) -> bool:
         """One less; true if that was the end of a draining generation."""
         adapter.num_sequences -= 1
+        adapter.last_used = int(time.time())
         if adapter.state is AdapterState.DRAINING and not adapter.num_sequences:
             self._remove(adapter)
             return True
@@ -217,6 +266,9 @@ class AdapterCache:
         """One more running sequence needs the adapter where it is."""
         assert adapter.chunk_ids
         adapter.num_running += 1
+        adapter.num_hits += not adapter.missed
+        adapter.num_misses += adapter.missed
+        adapter.missed = False
         if self._policy == "lru":
             self._device.move_to_end(adapter.generation)
 

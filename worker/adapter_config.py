@@ -14,13 +14,13 @@ Rank = Annotated[int, Meta(ge=1, le=65536)]
 Alpha = Annotated[float, Meta(gt=0)]
 LayerIndex = Annotated[int, Meta(ge=0)]
 
-# Keys that change what an adapter computes. Each must be absent, null, false or empty.
+# Keys that change what an adapter computes. Each must be absent, null, false or empty. (fan_in_fan_out is not among
+# them: it is about bases that store their weights transposed, and PEFT itself ignores it on linear layers.)
 MUST_BE_OFF = [
     "alora_invocation_tokens",
     "arrow_config",
     "auto_map",
     "custom_code",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
     "lora_bias",
@@ -33,6 +33,13 @@ MUST_BE_OFF = [
     "use_qalora",
     "velora_config",
 ]
+# Why, where it is not plain from the name.
+REASONS = {
+    "use_dora": " (its magnitudes scale what the base layer puts out, which a sum of low-rank products cannot do)",
+    "lora_bias": " (biases are not applied)",
+    "modules_to_save": " (whole modules are not replaced, only low-rank changes are applied)",
+    "trainable_token_indices": " (the embeddings are the base model's)",
+}
 # These initialisations change the base's weights too, so that such an adapter is wrong on the plain base.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -81,7 +88,7 @@ def parse_config(data: bytes) -> AdapterConfig:
     if keys.get("peft_type") != "LORA":
         raise invalid(f"{CONFIG_FILE}: peft_type must be LORA")
     for name in _switched_on(keys):
-        raise invalid(f"{CONFIG_FILE}: {name} is set, which is not supported")
+        raise invalid(f"{CONFIG_FILE}: {name} is set, which is not supported{REASONS.get(name, '')}")
     try:
         config = msgspec.convert(keys, AdapterConfig)
     except (msgspec.ValidationError, RecursionError) as error:

@@ -7,14 +7,21 @@ message. What a load does to others happens in one place, `_publish`: the order 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from protocol.errors import Error, ErrorCode
-from protocol.messages import AdapterChanged, AdapterReply, AdapterState, LoadAdapter, UnloadAdapter
+from protocol.messages import (
+    AdapterChanged,
+    AdapterReply,
+    AdapterState,
+    LoadAdapter,
+    UnloadAdapter,
+)
 from worker.adapter_cache import Adapter, AdapterCache
-from worker.adapter_config import AdapterError
+from worker.adapter_listing import AdapterListing
+from worker.adapter_loads import BROKEN, MAX_LOADS, Load, Loads, Waiter, as_error, conflict, not_loaded
 from worker.background import Background
 from worker.mailbox import Outbox, Owner
 from worker.scheduler import Admission
@@ -26,25 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_LOADS = 256  # adapter loads at work or waiting for a loader thread
-
-
-@dataclass(slots=True, frozen=True)
-class Waiter:
-    """Whom a reply goes to."""
-
-    owner: Owner
-    request_id: int
-    deadline_s: float = 0.0
-
-
-@dataclass(slots=True)
-class Load:
-    """A load at work, and everyone who asked for exactly it."""
-
-    command: LoadAdapter
-    last_generation: int  # when it began
-    waiters: list[Waiter] = field(default_factory=list)
+GONE = Error(ErrorCode.ADAPTER_GONE, "the adapter was unloaded", "model")
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,9 +59,14 @@ class AdapterService:
         *,
         base_names: frozenset[str],
         enabled: bool = True,
+        resolves: bool = False,
+        chunk_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """reloads has threads of its own, so that a slow download under `loads` delays no request."""
+        """reloads has threads of its own, so that a slow download under `loads` delays no request.
+
+        resolves: whether the loader finds adapters by their names alone.
+        """
         self.cache = cache
         self.num_loads = 0
         self.num_uploads = 0
@@ -83,10 +77,13 @@ class AdapterService:
         self._reload_background = reloads
         self._base_names = base_names
         self._enabled = enabled
+        self._resolves = resolves
         self._clock = clock
         self._host: dict[int, PackedAdapter] = {}
         self._uploaded: set[int] = set()
-        self._loads: dict[tuple[object, ...], Load] = {}
+        self._loads = Loads()
+        self.listing = AdapterListing(cache, self._loads, chunk_bytes)
+        self._revoked: set[str] = set()  # unloaded on purpose: no request brings them back
         self._reloading: set[int] = set()
         self._unloads: dict[int, list[Waiter]] = {}  # by generation
         self._failures: list[Failure] = []
@@ -97,8 +94,7 @@ class AdapterService:
         """Holds a generation for a new sequence, to its end."""
         adapter = self.cache.get(generation)
         if adapter is None or adapter.unloaded:
-            code = ErrorCode.ADAPTER_GONE if self._enabled else ErrorCode.LORA_DISABLED
-            return Error(code, "the adapter was unloaded" if self._enabled else "LoRA is not enabled", "model")
+            return GONE if self._enabled else Error(ErrorCode.LORA_DISABLED, "LoRA is not enabled", "model")
         self.cache.retain(adapter)
         return adapter
 
@@ -116,6 +112,7 @@ class AdapterService:
         if not adapter.chunk_ids:
             if not self.cache.has_room(adapter):
                 return Admission.FULL
+            adapter.missed = True
             packed = self._host.get(generation)
             if packed is None:
                 self._reload(adapter)
@@ -177,9 +174,11 @@ class AdapterService:
     def load(self, owner: Owner, command: LoadAdapter) -> None:
         """Loads in the background; the reply follows."""
         waiter = Waiter(owner, command.request_id)
-        key = (command.name, command.source, command.pinned, command.replace, command.expected_generation)
-        if key in self._loads:  # the same again, while the first is at work: one load, one outcome
-            self._loads[key].waiters.append(waiter)
+        holder = self.cache.named(command.name)
+        if command.source is None and holder is not None:
+            self._reply([waiter], self._refuse(command) or self._repin(holder, command.pinned))
+            return
+        if self._loads.join(command, waiter):  # the same again, while the first is at work: one load, one outcome
             return
         error = self._refuse(command)
         if error is None and len(self._loads) >= MAX_LOADS:
@@ -187,9 +186,13 @@ class AdapterService:
         if error is not None:
             self._reply([waiter], error)
             return
-        self._loads[key] = Load(command, self.cache.last_generation, [waiter])
-        job = partial(self._loader.load, command.source, trusted=False)
-        self._background.submit(job, partial(self._loaded, key))
+        load = self._loads.begin(command, self.cache.last_generation, waiter)
+        if command.source is None:  # on this machine, and often a request waits for it
+            job = partial(self._loader.load_named, command.name, load.cancelled)
+            self._reload_background.submit(job, partial(self._loaded, load))
+        else:
+            job = partial(self._loader.load, command.source, trusted=False, cancelled=load.cancelled)
+            self._background.submit(job, partial(self._loaded, load))
 
     def read(self, source: str) -> "PackedAdapter":
         """The content of an adapter of the operator's own list, on any thread. Raises AdapterError."""
@@ -204,39 +207,53 @@ class AdapterService:
         try:
             packed = read()
         except Exception as exception:
-            return _as_error(exception)
+            return as_error(exception)
         outcome = self._publish(command, packed)
         return outcome if isinstance(outcome, Error) else None
 
-    def _loaded(self, key: tuple[object, ...], result: "PackedAdapter | Exception") -> None:
-        load = self._loads.pop(key)
-        if isinstance(result, Exception):
-            self._reply(load.waiters, _as_error(result))
+    def _loaded(self, load: Load, result: "PackedAdapter | Exception") -> None:
+        if load.cancelled.is_set():
+            self._release(result)
             return
-        holder = self.cache.named(load.command.name)
-        is_twin = holder is not None and holder.generation > load.last_generation and holder.digest == result.digest
-        if holder is not None and is_twin and not load.command.replace and holder.pinned == load.command.pinned:
-            self._reply(load.waiters, holder)  # the same content came under the same name meanwhile
-            return
-        self._reply(load.waiters, self._refuse(load.command) or self._publish(load.command, result))
+        outcome: Adapter | Error = BROKEN
+        try:
+            outcome = as_error(result) if isinstance(result, Exception) else self._settle(load, result)
+        finally:  # whatever happens, nobody waits for ever
+            self._loads.end(load, outcome if isinstance(outcome, Error) else None)
+            if isinstance(outcome, Error):
+                self._release(result)
+            self._reply(load.waiters, outcome)
+
+    def _settle(self, load: Load, packed: "PackedAdapter") -> Adapter | Error:
+        """Publishes what was loaded, unless the same has come under the name meanwhile."""
+        command, holder = load.command, self.cache.named(load.command.name)
+        if holder is not None and holder.generation > load.last_generation:
+            is_twin = holder.digest == packed.digest and holder.pinned == bool(command.pinned)
+            if command.source is None or (is_twin and not command.replace):
+                self._release(packed)
+                return holder
+        return self._refuse(command) or self._publish(command, packed)
 
     def _publish(self, command: LoadAdapter, packed: "PackedAdapter") -> Adapter | Error:
-        num_chunks = len(packed.chunks)
-        error = self.cache.check(command.name, packed.rank, num_chunks, command.pinned)
+        num_chunks, holder = len(packed.chunks), self.cache.named(command.name)
+        pinned = command.pinned if command.pinned is not None else holder is not None and holder.pinned
+        error = self.cache.check(command.name, packed.rank, num_chunks, pinned)
         if error is not None:
             return error
         adapter, old = self.cache.publish(
             command.name,
             digest=packed.digest,
-            source=command.source,
+            source=command.source or command.name,
             rank=packed.rank,
             modules=packed.modules,
             num_bytes=packed.num_bytes,
+            stored_bytes=packed.stored_bytes,
             num_chunks=num_chunks,
-            pinned=command.pinned,
+            pinned=pinned,
             created=int(time.time()),
         )
         self.num_loads += 1
+        self._revoked.discard(command.name)
         if old is not None:
             self._forget_removed(old)  # before its chunks can go to anyone
         self._keep_in_host(adapter, packed)
@@ -254,14 +271,33 @@ class AdapterService:
             return Error(ErrorCode.LORA_DISABLED, "LoRA is not enabled; start the worker with --enable-lora")
         if name in self._base_names:
             return Error(ErrorCode.ADAPTER_EXISTS, f"'{name}' is a name of the base model", "lora_name")
-        if command.expected_generation is not None:
-            found = holder.generation if holder else None
-            if found != command.expected_generation:
-                message = f"'{name}' is at generation {found}, not {command.expected_generation}"
-                return Error(ErrorCode.ADAPTER_CONFLICT, message, "expected_generation")
-        if holder is not None and not command.replace:
+        if (error := conflict(name, holder, command.expected_generation)) is not None:
+            return error
+        if command.source is None:
+            if holder is None and (not self._resolves or (command.on_demand and name in self._revoked)):
+                return not_loaded(name)
+        elif holder is not None and not command.replace:
             return Error(ErrorCode.ADAPTER_EXISTS, f"an adapter '{name}' is already loaded", "lora_name")
         return None
+
+    def _repin(self, adapter: Adapter, pinned: bool | None) -> Adapter | Error:
+        if pinned is None or pinned == adapter.pinned:
+            return adapter
+        if pinned:
+            error = self.cache.check(adapter.name, adapter.rank, adapter.num_chunks, True, repinned=adapter)
+            if error is not None:
+                return error
+        adapter.pinned = pinned
+        packed = self._host.get(adapter.generation)
+        if pinned and packed is not None and not adapter.chunk_ids and self.cache.has_room(adapter):
+            self._upload(adapter, packed)
+        self._changed(adapter)
+        return adapter
+
+    def _release(self, loaded: "Adapter | PackedAdapter | Exception") -> None:
+        """Gives the store's copy back, beside the engine; of a load that failed there is none."""
+        if not isinstance(loaded, Exception):
+            self._reload_background.submit(partial(self._loader.release, loaded.digest), _log_failure)
 
     def _reload(self, adapter: Adapter) -> None:
         if adapter.generation not in self._reloading:
@@ -289,17 +325,30 @@ class AdapterService:
 
     def unload(self, owner: Owner, command: UnloadAdapter) -> None:
         """Takes the name away now; the reply follows when the streams are done, or when the command's time is up."""
+        name = command.name
         waiter = Waiter(owner, command.request_id, self._clock() + command.timeout_ms / 1000)
-        adapter = self.cache.withdraw(command.name)
-        if adapter is None:
-            error = Error(ErrorCode.ADAPTER_NOT_FOUND, f"no adapter '{command.name}' is loaded", "lora_name")
+        error = conflict(name, self.cache.named(name), command.expected_generation)
+        if error is not None:
             self._reply([waiter], error)
             return
-        self._unloads[adapter.generation] = [waiter]
-        self._changed(adapter)
+        self._loads.forget(name)
+        if self._resolves:
+            self._revoked.add(name)
+        adapter = self.cache.withdraw(name)
+        if adapter is not None:
+            self._unloads[adapter.generation] = [waiter]
+            self._changed(adapter)
+        else:
+            adapter = self.cache.draining(name)
+            loads = self._loads.cancel(name)
+            error = Error(ErrorCode.LOAD_CANCELLED, f"the load of '{name}' was cancelled by an unload", "lora_name")
+            self._reply([loading for load in loads for loading in load.waiters], error)
+            if adapter is None:
+                self._reply([waiter], None if loads else not_loaded(name))
+                return
+            self._unloads.setdefault(adapter.generation, []).append(waiter)
         if adapter.state is not AdapterState.REMOVED and command.force:
-            error = Error(ErrorCode.ADAPTER_GONE, f"the adapter '{command.name}' was unloaded")
-            self._failures.append(Failure(adapter.generation, error, waiting_only=False))
+            self._failures.append(Failure(adapter.generation, GONE, waiting_only=False))
 
     def expire(self) -> None:
         """Takes note of copies that are done, and answers unloads that have waited long enough; their streams go on."""
@@ -329,6 +378,7 @@ class AdapterService:
         self._forget_removed(adapter)
         self._outbox.broadcast(AdapterChanged(adapter=adapter.info()))
         if adapter.state is AdapterState.REMOVED:
+            self._release(adapter)
             self._reply(self._unloads.pop(adapter.generation, []), adapter)
 
     def _forget_removed(self, adapter: Adapter) -> None:
@@ -336,16 +386,14 @@ class AdapterService:
             self._host.pop(adapter.generation, None)
             self._remove_from_pool(adapter)
 
-    def _reply(self, waiters: list[Waiter], outcome: Adapter | Error) -> None:
+    def _reply(self, waiters: list[Waiter], outcome: Adapter | Error | None) -> None:
         error = outcome if isinstance(outcome, Error) else None
-        info = None if isinstance(outcome, Error) else outcome.info()
+        info, usage = (outcome.info(), outcome.usage()) if isinstance(outcome, Adapter) else (None, None)
         for waiter in waiters:
-            self._outbox.send(waiter.owner, AdapterReply(request_id=waiter.request_id, adapter=info, error=error))
+            reply = AdapterReply(request_id=waiter.request_id, adapter=info, usage=usage, error=error)
+            self._outbox.send(waiter.owner, reply)
 
 
-def _as_error(exception: Exception) -> Error:
-    """The error that a loader's exception carries; anything else is our fault and says nothing of its inside."""
-    if isinstance(exception, AdapterError):
-        return exception.error
-    log.error("an adapter load failed unexpectedly", exc_info=exception)
-    return Error(ErrorCode.INTERNAL, "the adapter could not be loaded because of an internal error")
+def _log_failure(result: object) -> None:
+    if isinstance(result, Exception):
+        log.error("an adapter's copy could not be removed from the store", exc_info=result)

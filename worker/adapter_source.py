@@ -1,29 +1,32 @@
 """Adapter sources: which directory a caller may name, and how its files are opened so that nothing else is read."""
 
 import fnmatch
-import logging
 import os
 import re
 import stat
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
-
 from protocol.errors import Error, ErrorCode
 from worker.adapter_config import CONFIG_FILE, AdapterError, beyond_limit, invalid
-
-logger = logging.getLogger(__name__)
+from worker.adapter_download import Downloads
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 INDEX_FILE = "adapter_model.safetensors.index.json"
 SHARD_FILE = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors")
-HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "adapter_model-*.safetensors"]
-HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-HUB_TIMEOUT_S = 10.0
+# org/name or org/name@revision; a revision is a branch, a tag or a commit.
+HUB_SOURCE = re.compile(
+    r"(?P<repo>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)"
+    r"(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9_-]*(?:[./][A-Za-z0-9_-]+)*))?"
+)
+# No part begins with a dot, and nothing is escaped, asked or chained: what a pattern allows is what is read.
+URL = re.compile(r"[a-z][a-z0-9]*://(?:[A-Za-z0-9][A-Za-z0-9._-]*(?::[0-9]+)?)?(?:/[A-Za-z0-9_][A-Za-z0-9._=@-]*)+")
+# Names that the resolver looks for: no part begins with a dot, so that none leads upwards or to a hidden file.
+RESOLVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*){0,7}")
 MAX_SOURCE_LENGTH = 4096
 MAX_FILES = 10_000  # in an adapter's directory
 OPEN_DIRECTORY = os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)  # O_PATH: it need not be readable to pass through
@@ -79,16 +82,43 @@ def _lies_in(path: Path, root: Path) -> bool:
 
 
 class AdapterSources:
-    """Turns a source string into a directory: any local path for the operator, else below a root or from the hub."""
+    """Turns a source string into a directory.
 
-    def __init__(self, roots: Sequence[Path], hub_allow: Sequence[str]) -> None:
+    For the operator any local path, hub id or URL; for others what lies below a root, and what a pattern allows.
+    """
+
+    def __init__(
+        self, roots: Sequence[Path], hub_allow: Sequence[str], downloads: Downloads, resolver: Path | None = None
+    ) -> None:
+        """hub_allow: patterns of hub ids and of URLs. resolver: a directory whose adapters are named by their place."""
+        self._downloads = downloads
+        self._resolver = None if resolver is None else Path(os.path.realpath(resolver))
         self._roots = [Path(os.path.realpath(root)) for root in roots]
         self._hub_allow = list(hub_allow)
 
-    def find(self, source: str, trusted: bool, max_bytes: int) -> SourceDirectory:
-        """The directory. Raises AdapterError: SOURCE_FORBIDDEN, ADAPTER_NOT_FOUND or what is wrong at the hub."""
-        if not 0 < len(source) <= MAX_SOURCE_LENGTH or not source.isprintable() or "://" in source:
+    @contextmanager
+    def open(
+        self, source: str, trusted: bool, max_bytes: int, cancelled: threading.Event | None = None
+    ) -> Iterator[SourceDirectory]:
+        """The directory, for as long as it is read. Raises AdapterError: why there is none."""
+        if not 0 < len(source) <= MAX_SOURCE_LENGTH or not source.isprintable():
             raise self._forbidden()
+        if "://" in source:
+            if URL.fullmatch(source) is None or not (trusted or self._allows_url(source)):
+                raise self._forbidden()
+            with self._downloads.url(source, max_bytes, cancelled) as path:
+                yield SourceDirectory(Path(os.path.realpath(path)), Path(os.path.realpath(path)))
+            return
+        directory = self._local(source, trusted)
+        if directory is None:
+            hub = HUB_SOURCE.fullmatch(source)
+            assert hub is not None
+            path = self._downloads.hub(hub["repo"], hub["revision"], max_bytes, cancelled)
+            directory = SourceDirectory(Path(os.path.realpath(path)), Path("/"))  # the cache is made of links
+        yield directory
+
+    def _local(self, source: str, trusted: bool) -> SourceDirectory | None:
+        """What is here of that name, or None if the hub is to be asked."""
         if trusted:
             candidates = [SourceDirectory(Path(os.path.realpath(os.path.expanduser(source))), Path("/"))]
         else:
@@ -96,12 +126,25 @@ class AdapterSources:
         for candidate in candidates:
             if _is_directory(candidate.path):
                 return candidate
-        is_hub_id = HUB_ID.fullmatch(source) is not None
-        if is_hub_id and (trusted or any(fnmatch.fnmatchcase(source, pattern) for pattern in self._hub_allow)):
-            return _download(source, max_bytes)
-        if candidates and (trusted or not is_hub_id):
+        hub = HUB_SOURCE.fullmatch(source)
+        if hub is not None and (trusted or any(fnmatch.fnmatchcase(hub["repo"], p) for p in self._hub_allow)):
+            return None
+        if candidates and (trusted or hub is None):
             raise AdapterError(Error(ErrorCode.ADAPTER_NOT_FOUND, "there is no adapter at this lora_path", "lora_path"))
         raise self._forbidden()
+
+    def _allows_url(self, url: str) -> bool:
+        """A pattern must spell the scheme out: one for hub ids opens no URL."""
+        scheme = url.partition("://")[0] + "://"
+        return any(pattern.startswith(scheme) and fnmatch.fnmatchcase(url, pattern) for pattern in self._hub_allow)
+
+    def find_name(self, name: str) -> SourceDirectory:
+        """The resolver's directory of this name. Raises AdapterError: ADAPTER_NOT_FOUND, whatever is the matter."""
+        if self._resolver is not None and RESOLVED_NAME.fullmatch(name):
+            real = Path(os.path.realpath(self._resolver / name))
+            if real != self._resolver and _lies_in(real, self._resolver) and _is_directory(real):
+                return SourceDirectory(real, self._resolver)
+        raise AdapterError(Error(ErrorCode.ADAPTER_NOT_FOUND, f"there is no adapter {name[:200]!r}", "lora_name"))
 
     def _below_roots(self, source: str) -> list[SourceDirectory]:
         """Where the source may lie: as it is if absolute, else from each root and from the working directory."""
@@ -115,7 +158,7 @@ class AdapterSources:
         """One answer for all that is outside, whether it exists or not."""
         message = (
             "this lora_path may not be loaded: it must lie below a directory that the worker was started with"
-            " (--adapter-root DIR) or be a hub id that it allows (--hub-allow PATTERN)"
+            " (--adapter-root DIR) or be a hub id or URL that it allows (--hub-allow PATTERN)"
         )
         return AdapterError(Error(ErrorCode.SOURCE_FORBIDDEN, message, "lora_path"))
 
@@ -125,30 +168,6 @@ def _is_directory(path: Path) -> bool:
         return path.is_dir()
     except OSError:  # a name too long, a loop of links
         return False
-
-
-def _download(repo: str, max_bytes: int) -> SourceDirectory:
-    """The adapter's files from the hub, or from its cache when the hub does not answer."""
-    try:
-        siblings = HfApi().model_info(repo, timeout=HUB_TIMEOUT_S, files_metadata=True).siblings or []
-        names = [sibling.rfilename for sibling in siblings]
-        check_file_names(names)
-        wanted = [file for file in siblings if any(fnmatch.fnmatchcase(file.rfilename, name) for name in HUB_FILES)]
-        if sum(file.size or 0 for file in wanted) > max_bytes:
-            raise beyond_limit(f"the adapter's files are larger than the {max_bytes} bytes that this worker takes")
-        path = snapshot_download(repo, allow_patterns=HUB_FILES)
-    except AdapterError:
-        raise
-    except RepositoryNotFoundError:
-        raise AdapterError(Error(ErrorCode.ADAPTER_NOT_FOUND, "the hub has no such adapter", "lora_path")) from None
-    except Exception as error:  # the network's many ways to fail; what an earlier load has fetched still serves
-        logger.info("the hub did not deliver %s: %s", repo, error)
-        try:
-            path = snapshot_download(repo, local_files_only=True)
-        except Exception:
-            message = "the model hub does not answer, and the adapter is not in its cache"
-            raise AdapterError(Error(ErrorCode.ADAPTER_NOT_FOUND, message, "lora_path")) from None
-    return SourceDirectory(Path(os.path.realpath(path)), Path("/"))
 
 
 def check_file_names(names: Sequence[str]) -> None:

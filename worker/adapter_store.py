@@ -6,10 +6,13 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
-from protocol.errors import ErrorCode
+from protocol.errors import Error, ErrorCode
 from worker.adapter_config import CONFIG_FILE, AdapterError, beyond_limit, invalid
 from worker.adapter_source import INDEX_FILE, SHARD_FILE, WEIGHTS_FILE, SourceDirectory, check_file_names
 
@@ -21,32 +24,56 @@ PIECE_BYTES = 1 << 20
 
 
 class AdapterStore:
-    """Directories named by the SHA-256 of what they hold. A copy appears whole, in one rename, or not at all."""
+    """Directories named by the SHA-256 of what they hold. A copy appears whole, in one rename, or not at all.
+
+    It stays until it was released as often as it was put. Threads may share the store.
+    """
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
         self.directory = directory
+        self._references: Counter[str] = Counter()
+        self._lock = threading.Lock()  # of the references, and of what is done because of them
         for leftover in directory.glob(f"{TEMP_PREFIX}*"):  # of a process that died; another one may be at work now
             if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE_S:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def put(self, source: SourceDirectory, max_bytes: int) -> str:
-        """Copy an adapter's files, of at most max_bytes together, and return their digest."""
-        names = _wanted_files(source.file_names())
+        """Copy an adapter's files, of at most max_bytes together, and return their digest, which is held now."""
+        names = wanted_files(source.file_names())
         try:
             temp = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=self.directory))
             try:
                 self._copy(source, names, temp, max_bytes)
                 digest = _digest(temp)
-                self._install(temp, digest)
+                with self._lock:
+                    self._references[digest] += 1
+                try:
+                    self._install(temp, digest)
+                except BaseException:
+                    self.release(digest)
+                    raise
             finally:
                 shutil.rmtree(temp, ignore_errors=True)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise beyond_limit("the worker's adapter store is full") from None
+                full = Error(ErrorCode.STORE_FULL, "the worker's adapter store is full", "lora_path")
+                raise AdapterError(full) from None
             raise
         return digest
+
+    def release(self, digest: str) -> None:
+        """Undoes one put. What nobody holds is removed."""
+        with self._lock:
+            self._references[digest] -= 1
+            if self._references[digest] > 0:
+                return
+            del self._references[digest]
+            doomed = self.directory / f"{TEMP_PREFIX}{digest}-{time.monotonic_ns()}"
+            with suppress(FileNotFoundError):  # it never came, or was lost
+                (self.directory / digest).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def get(self, digest: str) -> Path:
         """The directory of this content, checked to be that content still."""
@@ -103,7 +130,8 @@ class AdapterStore:
             os.close(handle)
 
 
-def _wanted_files(names: list[str]) -> list[str]:
+def wanted_files(names: list[str]) -> list[str]:
+    """The files of an adapter that are read, of those in its directory. Raises AdapterError if it is none."""
     check_file_names(names)
     if WEIGHTS_FILE in names:
         return [CONFIG_FILE, WEIGHTS_FILE]

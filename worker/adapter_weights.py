@@ -34,6 +34,7 @@ class PackedAdapter:
     chunks: Tensor  # [num_chunks, layout.chunk_size], model dtype, CPU
     scales: Tensor  # float32 [num_layers, len(MODULES)], CPU; 0 where the adapter has nothing
     digest: str  # SHA-256 of the content, hexadecimal
+    stored_bytes: int = 0  # of its copy in the private store
 
     @property
     def num_bytes(self) -> int:

@@ -94,7 +94,7 @@ class Worker:
             _load_adapters(config, adapters)
             start_up.done("adapters")
             self._server.post(outbox.take())  # the server learns of these adapters as of any later one
-            self._server.start(self._engine.status)
+            self._server.start(self._engine.status, adapters.listing.page)
         except (BootError, EndpointError, ModelError) as error:
             base.loading.close()
             self._server.stop()
@@ -138,6 +138,7 @@ def _load_base(config: WorkerConfig) -> Base:
         max_model_len=plan.max_model_len,
         eos_token_ids=list(model_config.eos_token_ids),
         lora_enabled=config.lora_enabled,
+        adapter_resolver=config.adapter_resolver is not None,
     )
     return Base(directory, loading, model_config, target, plan, card)
 
@@ -179,9 +180,17 @@ def _make_adapters(
         max_lora_rank=config.max_lora_rank,
         target_modules=config.target_modules,
     )
-    roots, target = [Path(root) for root in config.adapter_root], base.target
+    target = base.target
     loader = AdapterLoader(
-        base.config, target.dtype, limits, store_dir, roots, config.hub_allow, target.device.type == "cuda"
+        base.config,
+        target.dtype,
+        limits,
+        store_dir,
+        [Path(root) for root in config.adapter_root],
+        config.hub_allow,
+        pin_memory=target.device.type == "cuda",
+        resolver=None if config.adapter_resolver is None else Path(config.adapter_resolver),
+        source_timeout_s=config.source_timeout,
     )
     return AdapterService(
         AdapterCache(
@@ -197,6 +206,8 @@ def _make_adapters(
         Background("adapter-reload", NUM_RELOAD_THREADS, inbox),
         base_names=frozenset(base.card.names),
         enabled=config.lora_enabled,
+        resolves=config.adapter_resolver is not None,
+        chunk_bytes=base.config.chunk_layout().chunk_size * target.dtype.itemsize,
     )
 
 

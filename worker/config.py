@@ -66,7 +66,9 @@ class WorkerConfig:
     served_model_name: tuple[str, ...] = _setting(
         (), "names that the base model answers to", nargs="+", default_text="the hub id, or the directory's name"
     )
-    enable_lora: bool = _setting(False, "serve adapters; --lora-paths implies it", action="store_true")
+    enable_lora: bool = _setting(
+        False, "serve adapters; --lora-paths and --adapter-resolver imply it", action="store_true"
+    )
     lora_paths: tuple[AdapterSpec, ...] = _setting(
         (),
         'adapters to load at start, each PATH, NAME=PATH or {"lora_name": …, "lora_path": …, "pinned": …}',
@@ -155,8 +157,17 @@ class WorkerConfig:
         (), "directory from which adapters may be loaded at run time; repeat it for several", action="append"
     )
     hub_allow: tuple[str, ...] = _setting(
-        (), "pattern of hub ids that may be loaded at run time, such as org/*; repeat it", action="append"
+        (),
+        "pattern of hub ids (org/*) or of URLs (s3://bucket/*) that may be loaded at run time; repeat it",
+        action="append",
     )
+    adapter_resolver: str | None = _setting(
+        None,
+        "directory of adapters that are loaded when a request names one that is not loaded; a name is a place below it",
+        type=str,
+        default_text="none: such a name is a 404",
+    )
+    source_timeout: float = _setting(600.0, "seconds that fetching one adapter from the hub or a URL may take")
     endpoint: str = _setting("", "ipc:// address to listen on", default_text="in XDG_RUNTIME_DIR or the temp directory")
     shutdown_grace: float = _setting(20.0, "seconds that running requests get after SIGTERM; a second signal ends them")
     log_level: str = _setting("info", "the least that is logged", choices=("debug", "info", "warning", "error"))
@@ -172,7 +183,7 @@ class WorkerConfig:
 
     @property
     def lora_enabled(self) -> bool:
-        return self.enable_lora or bool(self.lora_paths)
+        return self.enable_lora or bool(self.lora_paths) or self.adapter_resolver is not None
 
     @property
     def loaded_loras(self) -> int:
@@ -204,7 +215,11 @@ def _check_numbers(config: WorkerConfig) -> None:
             raise ConfigError(f"{_flag(name)} must be at least 1, not {value}")
     if config.context_length == 1:
         raise ConfigError("--context-length must be at least 2, a prompt token and one of the answer")
-    for name, highest in (("lora_drain_wait_threshold", 3600.0), ("shutdown_grace", 3600.0)):
+    for name, highest in (
+        ("lora_drain_wait_threshold", 3600.0),
+        ("shutdown_grace", 3600.0),
+        ("source_timeout", 86400.0),
+    ):
         if not 0 <= getattr(config, name) <= highest:
             raise ConfigError(f"{_flag(name)} must be 0 to {highest:g} seconds")
     if config.mem_fraction is not None and not 0 < config.mem_fraction <= 1:
@@ -226,6 +241,8 @@ def _check_adapters(config: WorkerConfig) -> None:
     limit = config.max_loras_per_batch - 1
     if sum(spec.pinned for spec in config.lora_paths) > limit:
         raise ConfigError(f"--lora-paths: at most --max-loras-per-batch minus one = {limit} adapters may be pinned")
+    if config.adapter_resolver is not None and not Path(config.adapter_resolver).is_dir():
+        raise ConfigError(f"--adapter-resolver {config.adapter_resolver}: no such directory")
     taken = set(config.served_model_name)
     for spec in config.lora_paths:
         _check_spec(spec, taken)

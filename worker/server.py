@@ -22,9 +22,11 @@ from protocol import (
 from protocol.codec import decode_command
 from protocol.errors import BadFrame, Error, ErrorCode, ProtocolError
 from protocol.messages import (
+    MAX_LISTED_ADAPTERS,
     Abort,
     AdapterChanged,
     AdapterInfo,
+    AdapterList,
     AdapterState,
     AnyCommand,
     AnyEvent,
@@ -36,6 +38,7 @@ from protocol.messages import (
     Generate,
     Goodbye,
     Hello,
+    ListAdapters,
     LoadAdapter,
     ModelCard,
     Output,
@@ -54,7 +57,7 @@ from worker.sessions import MAX_SESSIONS, Session, SessionTable
 log = logging.getLogger(__name__)
 
 MAX_FRAMES_A_TURN = 256  # read before the engine's events get their turn again
-MAX_WELCOME_ADAPTERS = 500  # the rest follows as AdapterChanged, so that no Welcome outgrows a frame
+MAX_WELCOME_ADAPTERS = MAX_LISTED_ADAPTERS  # the rest follows as AdapterChanged
 GOODBYE_LINGER_MS = 500
 
 
@@ -95,9 +98,12 @@ class Server:
 
     # ------------------------------------------------------------------------------------ called by other threads
 
-    def start(self, status: Callable[[], WorkerStatus]) -> None:
-        """Listens from now on. Raises EndpointError."""
+    def start(
+        self, status: Callable[[], WorkerStatus], list_adapters: Callable[[ListAdapters], AdapterList] | None = None
+    ) -> None:
+        """Listens from now on. Both functions are called on this thread. Raises EndpointError."""
         self._status = status
+        self._list_adapters = list_adapters
         self._router = socket_file.listen(self._context, self._endpoint)
         self._thread.start()
 
@@ -296,6 +302,9 @@ class Server:
                     self._inbox.put(Cancel(session.owner, request_id))
             case LoadAdapter() | UnloadAdapter():
                 self._inbox.put(Admin(session.owner, command))
+            case ListAdapters():
+                assert self._list_adapters is not None
+                self._send(session, self._list_adapters(command))
             case FetchFile():
                 self._send(session, self._read_file(command))
             case Goodbye():

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 
+from gateway.metrics import Metrics
 from tests.gateway.test_openai_routes import HI, TOKENIZER, expected, post
 from tests.processes import EchoProcess
 
@@ -165,10 +166,23 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
         "vllm:time_to_first_token_seconds_count 1.0",
         "vllm:inter_token_latency_seconds_count 3.0",
         'polylora_worker_up{worker="0"} 1.0',
+        'polylora_adapter_sequences_total{adapter="lora0"} 1.0',
+        'polylora_adapter_tokens_total{adapter="lora0",kind="generated"} 4.0',
         'polylora_http_requests_total{code="200",route="/v1/completions"} 1.0',
     ):
         assert line in text
     assert text.count("vllm:lora_requests_info{") == 1
+
+
+def test_adapters_have_series_of_their_own_up_to_a_bound() -> None:
+    metrics = Metrics()
+    for number in range(300):
+        metrics.on_adapter(f"a{number}", 1, 2)
+        metrics.on_adapter("a0", 1, 2)
+    text = metrics.text().decode()
+    assert 'polylora_adapter_sequences_total{adapter="a0"} 301.0' in text
+    assert 'polylora_adapter_sequences_total{adapter="(other)"} 44.0' in text
+    assert text.count("polylora_adapter_sequences_total{") == 257
 
 
 async def test_without_a_worker(app: Starlette, client: httpx.AsyncClient, echo: EchoProcess) -> None:

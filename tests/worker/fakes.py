@@ -3,7 +3,7 @@
 import hashlib
 import queue
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -56,6 +56,7 @@ class FakePacked:
     rank: int = 16
     modules: tuple[str, ...] = ("q_proj",)
     num_bytes: int = 64
+    stored_bytes: int = 32
 
     @property
     def chunks(self) -> range:
@@ -71,8 +72,9 @@ class FakeLoader:
     num_loads: int = 0
     num_reloads: int = 0
     ranks: dict[str, int] = field(default_factory=dict)
+    held: Counter[str] = field(default_factory=Counter)  # copies in the store, by digest
 
-    def load(self, source: str, trusted: bool) -> FakePacked:
+    def load(self, source: str, trusted: bool, cancelled: threading.Event | None = None) -> FakePacked:
         self.num_loads += 1
         if source in self.gates:
             assert self.gates[source].wait(10)
@@ -82,7 +84,18 @@ class FakeLoader:
             raise ZeroDivisionError
         content, _, rank = source.partition(":")
         self.ranks[content] = int(rank or 16)
+        self.held[content] += 1
         return FakePacked(content, self.ranks[content])
+
+    def load_named(self, name: str, cancelled: threading.Event) -> FakePacked:
+        if name.startswith("no-"):
+            raise AdapterError(Error(ErrorCode.ADAPTER_NOT_FOUND, "there is no such adapter"))
+        return self.load(name, trusted=False)
+
+    def release(self, digest: str) -> None:
+        self.held[digest] -= 1
+        assert self.held[digest] >= 0
+        self.held += Counter()  # without zeros
 
     def reload(self, digest: str) -> FakePacked:
         self.num_reloads += 1
@@ -250,6 +263,7 @@ class Harness:
         policy: str = "lru",
         max_overtake_s: float = 1.0,
         enabled: bool = True,
+        resolves: bool = False,
         hash_block: Callable[[bytes, bytes], bytes] | None = None,
         runs_ahead: bool = True,
         lazy: bool = True,
@@ -275,6 +289,8 @@ class Harness:
             jobs,
             base_names=frozenset(MODEL.names),
             enabled=enabled,
+            resolves=resolves,
+            chunk_bytes=64,
             clock=lambda: self.now,
         )
         self.blocks = BlockManager(num_blocks, block_size, hash_block)

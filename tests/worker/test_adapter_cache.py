@@ -19,6 +19,7 @@ def publish(
         rank=num_chunks * 16,
         modules=("q_proj",),
         num_bytes=1,
+        stored_bytes=1,
         num_chunks=num_chunks,
         pinned=pinned,
         created=0,
@@ -87,6 +88,28 @@ def test_running_and_pinned_adapters_stay() -> None:
     cache.check_integrity()
 
 
+def repin(cache: AdapterCache, adapter: Adapter, pinned: bool) -> bool:
+    if pinned and cache.check(adapter.name, adapter.rank, adapter.num_chunks, True, repinned=adapter) is not None:
+        return False
+    adapter.pinned = pinned
+    return True
+
+
+def test_a_pin_may_be_changed_within_the_same_limits() -> None:
+    cache = cache_of(num_chunks=5)
+    a, b, c = publish(cache, "a", 3)[0], publish(cache, "b")[0], publish(cache, "c")[0]
+    assert repin(cache, a, True) and repin(cache, b, True), "four chunks pinned, and room for the one of c"
+    assert not repin(cache, c, True), "two are pinned already"
+    assert repin(cache, a, True), "it is pinned already"
+    assert repin(cache, a, False) and repin(cache, c, True)
+    assert not repin(cache, a, True)
+    assert repin(cache, b, False) and repin(cache, c, False)
+    publish(cache, "d", 3)
+    assert not repin(cache, a, True), "three chunks pinned would leave no room for three"
+    assert repin(cache, b, True)
+    cache.check_integrity()
+
+
 def test_a_replaced_generation_lives_until_its_sequences_are_done() -> None:
     cache = cache_of()
     old, _ = publish(cache, "a")
@@ -111,7 +134,7 @@ def test_host_memory_keeps_pinned_and_recent_ones_and_prefers_to_drop_the_unwant
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5), st.integers(1, 3), st.booleans()), max_size=60))
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 5), st.integers(1, 3), st.booleans()), max_size=60))
 def test_any_history_keeps_the_books(history: list[tuple[int, int, int, bool]]) -> None:
     cache = cache_of(num_chunks=5, max_loaded=3)
     running: list[Adapter] = []
@@ -123,16 +146,22 @@ def test_any_history_keeps_the_books(history: list[tuple[int, int, int, bool]]) 
                 cache.add_to_host(publish(cache, name, num_chunks, pinned)[0])
         elif action == 2:
             cache.withdraw(name)
-        elif action <= 4 and named is not None:
+        elif action == 3 and named is not None:
+            repin(cache, named, pinned)
+        elif action <= 5 and named is not None:
             if named.chunk_ids or cache.place(named) is not None:
                 use(cache, named)
                 running.append(named)
         elif running:
             finish(cache, running.pop(which % len(running)))
         cache.check_integrity()
+    end(cache, running)
+    assert cache.adapters() == []
+
+
+def end(cache: AdapterCache, running: list[Adapter]) -> None:
     for adapter in running:
         finish(cache, adapter)
     for adapter in cache.adapters():
         cache.withdraw(adapter.name)
     cache.check_integrity()
-    assert cache.adapters() == []

@@ -1,13 +1,16 @@
 """adapter_config.json: what is refused, and that the answer names the key."""
 
+import dataclasses
 import json
 from typing import Any
 
+import msgspec
 import pytest
+from peft import LoraConfig
 
 from protocol.errors import ErrorCode
 from tests.worker.adapter_files import config
-from worker.adapter_config import AdapterError, parse_config
+from worker.adapter_config import MUST_BE_OFF, AdapterConfig, AdapterError, parse_config
 
 
 @pytest.mark.parametrize(
@@ -38,7 +41,6 @@ from worker.adapter_config import AdapterError, parse_config
         ({"bias": "all"}, "bias"),
         ({"bias": "lora_only"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"target_parameters": ["x"]}, "target_parameters"),
@@ -76,6 +78,29 @@ def test_what_is_no_config_is_refused(data: bytes) -> None:
     assert refused.value.error.code is ErrorCode.ADAPTER_INVALID
 
 
+# What PEFT's LoraConfig has besides, and why it changes nothing here.
+HARMLESS = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),  # where it came from
+    *("inference_mode", "lora_dropout", "runtime_config"),  # of training, or of PEFT's own process
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of initialisations; see init_lora_weights
+    *("megatron_config", "megatron_core", "qalora_group_size"),  # of layers or switches that there are not
+    *("fan_in_fan_out", "ensure_weight_tying"),  # of bases stored transposed; of embeddings, which are refused
+}
+
+
+def test_every_key_that_peft_knows_is_served_or_refused_or_harmless() -> None:
+    """A new PEFT with a new key fails here, so that nobody's adapter is half applied in silence."""
+    served = {field.encode_name for field in msgspec.structs.fields(AdapterConfig)}
+    written = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert written - served - set(MUST_BE_OFF) - HARMLESS == set()
+    assert not served & HARMLESS and not set(MUST_BE_OFF) & (served | HARMLESS)
+
+
+def test_dora_is_refused_with_the_reason() -> None:
+    with pytest.raises(AdapterError, match="use_dora is set, which is not supported .its magnitudes scale"):
+        parse_config(json.dumps(config(use_dora=True)).encode())
+
+
 def test_what_peft_writes_by_default_is_taken() -> None:
     harmless = {
         "base_model_name_or_path": "x/y",
@@ -85,6 +110,7 @@ def test_what_peft_writes_by_default_is_taken() -> None:
         "lora_dropout": 0.1,
         "megatron_core": "megatron.core",
         "qalora_group_size": 16,
+        "fan_in_fan_out": True,
         "use_dora": False,
         "trainable_token_indices": None,
         "rank_pattern": {},

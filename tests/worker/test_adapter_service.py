@@ -3,18 +3,29 @@
 import pytest
 
 from protocol.errors import ErrorCode
-from protocol.messages import AdapterChanged, AdapterReply, AdapterState, LoadAdapter, UnloadAdapter
+from protocol.messages import (
+    AdapterChanged,
+    AdapterEntry,
+    AdapterReply,
+    AdapterState,
+    ListAdapters,
+    LoadAdapter,
+    UnloadAdapter,
+)
 from tests.worker.fakes import OWNER, Harness, answer, generate
 from worker.mailbox import Admin, Start
 
 
-def load(harness: Harness, request_id: int, name: str, source: str, **fields: object) -> None:
+def load(harness: Harness, request_id: int, name: str, source: str | None, **fields: object) -> None:
     harness.put(Admin(OWNER, LoadAdapter(request_id=request_id, name=name, source=source, **fields)))
 
 
-def unload(harness: Harness, request_id: int, name: str, timeout_ms: int = 60_000, force: bool = False) -> None:
-    command = UnloadAdapter(request_id=request_id, name=name, timeout_ms=timeout_ms, force=force)
-    harness.put(Admin(OWNER, command))
+def unload(harness: Harness, request_id: int, name: str, timeout_ms: int = 60_000, **fields: object) -> None:
+    harness.put(Admin(OWNER, UnloadAdapter(request_id=request_id, name=name, timeout_ms=timeout_ms, **fields)))
+
+
+def listed(harness: Harness, name: str | None = None) -> list[AdapterEntry]:
+    return harness.adapters.listing.page(ListAdapters(request_id=1, name=name)).adapters
 
 
 def start(harness: Harness, request_id: int, generation: int, max_tokens: int = 6) -> None:
@@ -335,3 +346,219 @@ def test_a_copy_that_is_not_done_holds_up_its_own_sequences_alone() -> None:
     harness.pool.slow = False
     harness.drain()
     assert harness.tokens(3) == answer([3], 2, "x") and harness.tokens(5) == answer([5], 2, "y")
+
+
+# -------------------------------------------------------------------------------- what the listing and the admin see
+
+
+def test_the_listing_tells_state_tiers_and_use() -> None:
+    harness = Harness(max_loaded=2, num_chunks=2)
+    for number, name in enumerate("abc"):
+        load(harness, number, name, name)
+    settle(harness)
+    start(harness, 10, 2, 10)
+    harness.step(3)
+    a, b, c = listed(harness)
+    assert [entry.name for entry in (a, b, c)] == ["a", "b", "c"]
+    assert a.usage is not None and b.usage is not None and b.info is not None
+    assert (a.usage.device_bytes, a.usage.host_bytes, a.usage.disk_bytes, a.usage.last_used) == (0, 0, 32, 0)
+    assert (b.usage.device_bytes, b.usage.host_bytes, b.usage.disk_bytes) == (64, 64, 32)
+    assert (b.usage.num_unfinished, b.usage.num_requests, b.usage.num_misses, b.usage.num_hits) == (1, 1, 1, 0)
+    assert b.usage.last_used > 1_700_000_000
+    start(harness, 11, 2, 2)
+    harness.drain()
+    usage = listed(harness, "b")[0].usage
+    assert usage is not None and (usage.num_unfinished, usage.num_requests, usage.num_hits) == (0, 2, 1)
+    memory = harness.adapters.listing.page(ListAdapters(request_id=1)).memory
+    assert (memory.chunks_total, memory.chunks_free, memory.host_adapters, memory.disk_bytes) == (2, 1, 2, 96)
+    assert [entry.name for entry in harness.adapters.listing.page(ListAdapters(request_id=1, after=2)).adapters] == [
+        "c"
+    ]
+
+
+def test_a_listing_comes_in_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.adapter_listing.MAX_LISTED_ADAPTERS", 2)
+    harness = Harness()
+    for number, name in enumerate("abcde"):
+        load(harness, number, name, name)
+    settle(harness)
+    seen, after = [], 0
+    while True:
+        page = harness.adapters.listing.page(ListAdapters(request_id=1, after=after))
+        seen += [entry.name for entry in page.adapters]
+        if not page.more:
+            break
+        assert page.adapters[-1].info is not None
+        after = page.adapters[-1].info.generation
+    assert seen == list("abcde")
+
+
+def test_loads_at_work_and_failed_ones_are_listed_until_something_better_is_known() -> None:
+    harness = Harness()
+    harness.jobs.hold = True
+    load(harness, 1, "a", "bad")
+    settle(harness)
+    (entry,) = listed(harness)
+    assert (entry.name, entry.source, entry.info, entry.error) == ("a", "bad", None, None)
+    harness.jobs.release()
+    settle(harness)
+    (entry,) = listed(harness, "a")
+    assert entry.error is not None and entry.error.code is ErrorCode.ADAPTER_INVALID
+    harness.jobs.hold = False
+    load(harness, 2, "a", "x")
+    settle(harness)
+    assert [entry.error for entry in listed(harness)] == [None]
+    load(harness, 3, "b", "bad")
+    settle(harness)
+    unload(harness, 4, "b")
+    settle(harness)
+    assert code(harness, 4) is ErrorCode.ADAPTER_NOT_FOUND
+    assert [entry.name for entry in listed(harness)] == ["a"]
+
+
+def test_failed_loads_are_remembered_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.adapter_loads.MAX_FAILURES", 3)
+    harness = Harness()
+    for number in range(5):
+        load(harness, number, f"a{number}", "bad")
+    settle(harness)
+    assert [entry.name for entry in listed(harness)] == ["a2", "a3", "a4"]
+
+
+def test_unloading_a_name_that_is_being_loaded_cancels_the_load() -> None:
+    harness = Harness()
+    harness.jobs.hold = True
+    load(harness, 1, "a", "x")
+    load(harness, 2, "a", "x")
+    settle(harness)
+    unload(harness, 3, "a")
+    settle(harness)
+    assert code(harness, 1) is code(harness, 2) is ErrorCode.LOAD_CANCELLED
+    done = reply(harness, 3)
+    assert done is not None and done.adapter is None and done.error is None
+    assert listed(harness) == []
+    harness.jobs.hold = False
+    load(harness, 4, "a", "y")  # does not wait for the cancelled one
+    settle(harness)
+    harness.jobs.release()
+    settle(harness)
+    assert harness.cache.named("a").digest == "y"  # type: ignore[union-attr]
+    assert harness.loader.held == {"y": 1}
+
+
+def test_unload_compares_generations_and_may_come_again_with_force() -> None:
+    harness = Harness()
+    load(harness, 1, "a", "x")
+    settle(harness)
+    start(harness, 2, 1, 50)
+    harness.step(2)
+    unload(harness, 3, "a", expected_generation=2)
+    unload(harness, 4, "b", expected_generation=2)
+    settle(harness)
+    assert code(harness, 3) is code(harness, 4) is ErrorCode.ADAPTER_CONFLICT
+    unload(harness, 5, "a", timeout_ms=0, expected_generation=1)
+    settle(harness)
+    gone = reply(harness, 5)
+    assert gone is not None and gone.adapter is not None and gone.usage is not None
+    assert gone.adapter.state is AdapterState.DRAINING and gone.usage.num_unfinished == 1
+    assert [entry.info.state for entry in listed(harness) if entry.info] == [AdapterState.DRAINING]
+    unload(harness, 6, "a")  # waits for it
+    unload(harness, 7, "a", force=True)
+    harness.drain()
+    assert harness.outputs(2)[-1].error.code is ErrorCode.ADAPTER_GONE  # type: ignore[union-attr]
+    for request_id in (6, 7):
+        found = reply(harness, request_id)
+        assert found is not None and found.adapter is not None and found.usage is not None
+        assert found.adapter.state is AdapterState.REMOVED
+        assert (found.usage.device_bytes, found.usage.host_bytes, found.usage.disk_bytes) == (0, 0, 0)
+    assert harness.loader.held == {}
+
+
+def test_the_stores_copy_goes_with_the_last_generation_of_its_content() -> None:
+    harness = Harness()
+    load(harness, 1, "a", "x")
+    load(harness, 2, "b", "x")
+    settle(harness)
+    load(harness, 3, "a", "y", replace=True)
+    load(harness, 4, "b", "y")  # refused: what was read for it goes too
+    settle(harness)
+    assert harness.loader.held == {"x": 1, "y": 1}
+    for number, name in enumerate("ab"):
+        unload(harness, 10 + number, name)
+    settle(harness)
+    assert harness.loader.held == {}
+
+
+def test_a_pin_changes_without_a_load() -> None:
+    harness = Harness(max_loras_per_batch=2, num_chunks=4)
+    load(harness, 1, "a", "x:48")
+    load(harness, 2, "b", "y")
+    settle(harness)
+    load(harness, 3, "a", None, pinned=True)
+    settle(harness)
+    assert code(harness, 3) is None and harness.pool.contents == {1: "x"} and harness.loader.num_loads == 2
+    load(harness, 4, "b", None, pinned=True)
+    load(harness, 5, "a", None, expected_generation=7)
+    load(harness, 6, "c", None)
+    settle(harness)
+    assert code(harness, 4) is ErrorCode.ADAPTER_LIMIT
+    assert code(harness, 5) is ErrorCode.ADAPTER_CONFLICT
+    assert code(harness, 6) is ErrorCode.ADAPTER_NOT_FOUND
+    load(harness, 7, "a", "z", replace=True)  # says nothing of the pin
+    settle(harness)
+    assert harness.cache.named("a").pinned  # type: ignore[union-attr]
+    load(harness, 8, "a", None, pinned=False)
+    load(harness, 9, "b", None, pinned=True)
+    settle(harness)
+    assert code(harness, 8) is code(harness, 9) is None
+    assert harness.cache.named("b").pinned  # type: ignore[union-attr]
+
+
+def test_the_resolver_loads_once_and_never_what_was_unloaded() -> None:
+    harness = Harness(resolves=True)
+    harness.jobs.hold = True
+    for request_id in (1, 2, 3):
+        load(harness, request_id, "a", None, on_demand=True)
+    settle(harness)
+    harness.jobs.release()
+    harness.jobs.hold = False
+    settle(harness)
+    replies = [reply(harness, request_id) for request_id in (1, 2, 3)]
+    assert [found.adapter.generation for found in replies if found and found.adapter] == [1, 1, 1]
+    assert harness.loader.num_loads == 1
+    load(harness, 4, "a", None, on_demand=True)
+    load(harness, 5, "no-such", None, on_demand=True)
+    settle(harness)
+    assert code(harness, 4) is None and code(harness, 5) is ErrorCode.ADAPTER_NOT_FOUND
+    assert harness.loader.num_loads == 1 and [entry.name for entry in listed(harness)] == ["a"]
+    unload(harness, 6, "a")
+    settle(harness)
+    load(harness, 7, "a", None, on_demand=True)
+    settle(harness)
+    assert code(harness, 7) is ErrorCode.ADAPTER_NOT_FOUND, "unloading is revoking"
+    load(harness, 8, "a", None)  # an administrator
+    settle(harness)
+    assert code(harness, 8) is None
+    unload(harness, 9, "a")
+    load(harness, 10, "a", "a")
+    settle(harness)
+    unload(harness, 11, "a")
+    load(harness, 12, "a", None, on_demand=True)
+    settle(harness)
+    assert code(harness, 12) is ErrorCode.ADAPTER_NOT_FOUND
+
+
+def test_an_unload_beats_a_resolver_at_work_behind_an_administrator() -> None:
+    harness = Harness(resolves=True)
+    harness.jobs.hold = True
+    load(harness, 1, "a", None, on_demand=True)
+    settle(harness)
+    harness.jobs.hold = False
+    load(harness, 2, "a", "y")
+    settle(harness)
+    unload(harness, 3, "a")
+    settle(harness)
+    harness.jobs.release()
+    settle(harness)
+    assert code(harness, 1) is ErrorCode.ADAPTER_NOT_FOUND
+    assert harness.cache.adapters() == [] and harness.loader.held == {}

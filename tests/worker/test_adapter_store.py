@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_a_full_disk_leaves_nothing_behind(
         patch.setattr(os, "fsync", full)
         with pytest.raises(AdapterError, match="store is full") as refused:
             store.put(source, MAX_BYTES)
-    assert refused.value.error.code is ErrorCode.ADAPTER_LIMIT
+    assert refused.value.error.code is ErrorCode.STORE_FULL
     assert list(store.directory.iterdir()) == []
     assert store.get(store.put(source, MAX_BYTES)).is_dir()
 
@@ -98,3 +99,25 @@ def test_the_limit_is_of_all_files_together(store: AdapterStore, source: SourceD
         store.put(source, total - 1)
     assert refused.value.error.code is ErrorCode.ADAPTER_LIMIT
     assert store.put(source, total)
+
+
+def test_a_copy_stays_as_long_as_somebody_holds_it(store: AdapterStore, source: SourceDirectory) -> None:
+    digest = store.put(source, MAX_BYTES)
+    assert store.put(source, MAX_BYTES) == digest
+    store.release(digest)
+    assert store.get(digest).is_dir()
+    store.release(digest)
+    assert list(store.directory.iterdir()) == []
+    assert store.get(store.put(source, MAX_BYTES)).is_dir()
+
+
+def test_threads_may_put_and_release_the_same_at_once(store: AdapterStore, source: SourceDirectory) -> None:
+    def work(_: int) -> None:
+        for _ in range(10):
+            digest = store.put(source, MAX_BYTES)
+            assert (store.get(digest) / "adapter_config.json").is_file()
+            store.release(digest)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert list(store.directory.iterdir()) == []

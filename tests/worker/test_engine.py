@@ -2,6 +2,7 @@
 
 import random
 import threading
+from collections import Counter
 
 import pytest
 
@@ -369,6 +370,8 @@ def test_adapters_come_and_go_under_load_and_every_answer_fits_some_order() -> N
     engine.join(60)
     assert not engine.is_alive()
     harness.check()
+    held = Counter(adapter.digest for adapter in harness.cache.adapters())
+    wait_for(lambda: harness.loader.held == held)
     contents = {a.generation: a.digest for event in harness.events(AdapterReply) if (a := event.adapter)}
     num_exact = 0
     for (owner, request_id), (generation, num_answer) in asked.items():

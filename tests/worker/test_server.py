@@ -19,6 +19,7 @@ from protocol.errors import ErrorCode
 from protocol.messages import (
     Abort,
     AdapterChanged,
+    AdapterList,
     AdapterReply,
     CommandEnvelope,
     FetchFile,
@@ -27,6 +28,7 @@ from protocol.messages import (
     GatewayHeartbeat,
     Goodbye,
     Hello,
+    ListAdapters,
     LoadAdapter,
     Outputs,
     Reject,
@@ -54,7 +56,7 @@ class Rig:
         engine._clock = engine._steps._clock = time.monotonic
         engine._send = self.server.post
         self._thread = threading.Thread(target=engine.run, daemon=True)
-        self.server.start(engine.status)
+        self.server.start(engine.status, self.harness.adapters.listing.page)
         self._thread.start()
 
     def close(self) -> None:
@@ -425,3 +427,23 @@ def test_a_worker_that_stops_sends_what_its_sequences_came_to(rig: Rig, gateway:
     rig.harness.put(Stop(0.1))
     tokens, end = gateway.answer(1)
     assert end is ErrorCode.WORKER_LOST and len(tokens) < 200
+
+
+def test_adapters_are_listed_while_a_step_runs(rig: Rig, gateway: Gateway) -> None:
+    gate, stuck = threading.Event(), threading.Event()
+
+    def hang(batch: object) -> None:
+        stuck.set()
+        assert gate.wait(TIMEOUT_S)
+
+    gateway.send(LoadAdapter(request_id=1, name="a", source="x"))
+    gateway.event(AdapterReply)
+    rig.harness.runner.on_run = hang
+    gateway.send(generate(2, [5], 1))
+    assert stuck.wait(TIMEOUT_S)
+    gateway.send(ListAdapters(request_id=3))
+    listed = gateway.event(AdapterList)
+    gate.set()
+    assert isinstance(listed, AdapterList) and not listed.more
+    assert [entry.name for entry in listed.adapters] == ["a"]
+    assert gateway.answer(2)[1] is FinishReason.LENGTH

@@ -1,0 +1,116 @@
+"""Loads: the adapter loads at work, who waits for each, and the last ones that failed."""
+
+import logging
+import threading
+from dataclasses import dataclass, field
+
+import msgspec
+
+from protocol.errors import Error, ErrorCode
+from protocol.messages import AdapterEntry, LoadAdapter
+from worker.adapter_cache import Adapter
+from worker.adapter_config import AdapterError
+from worker.mailbox import Owner
+
+log = logging.getLogger(__name__)
+
+BROKEN = Error(ErrorCode.INTERNAL, "the adapter could not be loaded because of an internal error")
+MAX_LOADS = 256  # at work or waiting for a loader thread
+MAX_FAILURES = 256  # remembered; the oldest is forgotten first
+
+
+@dataclass(slots=True, frozen=True)
+class Waiter:
+    """Whom a reply goes to."""
+
+    owner: Owner
+    request_id: int
+    deadline_s: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """A load at work, and everyone who asked for exactly it."""
+
+    command: LoadAdapter
+    last_generation: int  # when it began
+    waiters: list[Waiter] = field(default_factory=list)
+    cancelled: threading.Event = field(default_factory=threading.Event)  # the loader thread looks at it
+
+
+class Loads:
+    """Everything here runs on the engine thread, but `entries`, which any thread may ask."""
+
+    def __init__(self) -> None:
+        self._loads: dict[tuple[object, ...], Load] = {}
+        self._failures: dict[str, AdapterEntry] = {}  # by name, the oldest first
+
+    def __len__(self) -> int:
+        return len(self._loads)
+
+    def join(self, command: LoadAdapter, waiter: Waiter) -> bool:
+        """Adds a waiter to a load of exactly this, if one is at work."""
+        load = self._loads.get(_key(command))
+        if load is not None:
+            load.waiters.append(waiter)
+        return load is not None
+
+    def begin(self, command: LoadAdapter, last_generation: int, waiter: Waiter) -> Load:
+        """A load is at work from now on."""
+        load = self._loads[_key(command)] = Load(command, last_generation, [waiter])
+        return load
+
+    def end(self, load: Load, error: Error | None = None) -> None:
+        """A load is done. One that failed is remembered, for whoever did not wait for its reply."""
+        del self._loads[_key(load.command)]
+        command = load.command
+        self._failures.pop(command.name, None)
+        if error is not None and command.source is not None:
+            self._failures[command.name] = AdapterEntry(name=command.name, source=command.source, error=error)
+            if len(self._failures) > MAX_FAILURES:
+                del self._failures[next(iter(self._failures))]
+
+    def forget(self, name: str) -> None:
+        """A failed load of this name is of no interest any more."""
+        self._failures.pop(name, None)
+
+    def cancel(self, name: str) -> list[Load]:
+        """Takes the loads of a name from the table and tells their threads."""
+        loads = [load for load in self._loads.values() if load.command.name == name]
+        for load in loads:
+            load.cancelled.set()
+            del self._loads[_key(load.command)]
+        return loads
+
+    def entries(self, name: str | None) -> list[AdapterEntry]:
+        """The loads at work and those that failed last, of one name or of all. For any thread: it walks copies."""
+        commands = [load.command for load in list(self._loads.values())]
+        entries = [AdapterEntry(name=command.name, source=command.source or "") for command in commands]
+        entries += list(self._failures.values())
+        return [entry for entry in entries if name is None or entry.name == name]
+
+
+def _key(command: LoadAdapter) -> tuple[object, ...]:
+    return msgspec.structs.astuple(command)[1:]  # all but the request's id
+
+
+def conflict(name: str, holder: Adapter | None, expected: int | None) -> Error | None:
+    """The compare of a compare-and-swap: whether the name is held by the generation that the caller expects."""
+    found = holder.generation if holder else 0
+    if expected is None or expected == found:
+        return None
+    message = f"'{name}' is at generation {found}, not {expected}" if found else f"'{name}' is not loaded"
+    return Error(ErrorCode.ADAPTER_CONFLICT, message, "expected_generation")
+
+
+def not_loaded(name: str) -> Error:
+    """Nothing has this name."""
+    return Error(ErrorCode.ADAPTER_NOT_FOUND, f"no adapter '{name}' is loaded", "lora_name")
+
+
+def as_error(exception: Exception) -> Error:
+    """The error that a loader's exception carries; anything else is our fault and says nothing of its inside."""
+    if isinstance(exception, AdapterError):
+        return exception.error
+    log.error("an adapter load failed unexpectedly", exc_info=exception)
+    return BROKEN
