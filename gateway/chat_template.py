@@ -61,12 +61,21 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
-        self.knows_developer = "developer" in source  # the role
+        self._source = source
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
             raise ChatTemplateError(f"the model's chat template cannot be read: {error}") from None
         self._special_tokens = dict(special_tokens)
+
+    def mentions(self, word: str) -> bool:
+        """True if the template's text has this word: what it does not name, it cannot use."""
+        return word in self._source
+
+    @property
+    def knows_developer(self) -> bool:
+        """True if the template has a place for the developer role."""
+        return self.mentions("developer")
 
     def render(
         self,

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from gateway.chat_template import ChatTemplateError
-from gateway.errors import ApiError, from_worker, invalid
+from gateway.errors import ApiError, from_worker, invalid, unsupported
 from gateway.model_text import ModelText, SamplingDefaults
 from gateway.schemas import MAX_PROMPTS, ChatRequest, Message, NativeSampling, SamplingFields, Stop
 from protocol.bounds import context_length_exceeded
@@ -31,6 +31,7 @@ class TextOptions:
     include_stop: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0
+    only_prompt: bool = False  # max_tokens=0: nothing of the answer is shown
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,6 +51,7 @@ def text_options(fields: SamplingFields) -> TextOptions:
         include_stop=bool(fields.include_stop_str_in_output),
         skip_special_tokens=fields.skip_special_tokens is not False,
         min_tokens=fields.min_tokens or 0,
+        only_prompt=fields.max_tokens == 0,
     )
 
 
@@ -66,6 +68,7 @@ def sampling_params(
     min_tokens: int | None,
     seed: int | None,
     logprobs: int | None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """The request's choices over the model's defaults. Ranges were checked when the body was read."""
 
@@ -88,6 +91,7 @@ def sampling_params(
         stop_token_ids=fields.stop_token_ids or [],
         ignore_eos=bool(fields.ignore_eos),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -230,13 +234,18 @@ def _depth(value: Any, depth: int = 0) -> int:
     return max((_depth(child, depth + 1) for child in children), default=depth + 1)
 
 
-def check_template_variables(variables: dict[str, Any] | None) -> dict[str, Any]:
-    """chat_template_kwargs, if all of them are allowed."""
-    for name in variables or {}:
+def template_variables(fields: ChatRequest, text: ModelText) -> dict[str, Any]:
+    """chat_template_kwargs, if all of them are allowed, and reasoning_effort, if the template knows it."""
+    variables: dict[str, Any] = dict(fields.chat_template_kwargs or {})
+    for name in variables:
         if name not in _TEMPLATE_VARIABLES:
             allowed = ", ".join(sorted(_TEMPLATE_VARIABLES))
             raise invalid("chat_template_kwargs", f"chat_template_kwargs may only set {allowed}.")
-    return variables or {}
+    if fields.reasoning_effort is not None:
+        if text.template is None or not text.template.mentions("reasoning_effort"):
+            raise unsupported("reasoning_effort")
+        variables.setdefault("reasoning_effort", fields.reasoning_effort)
+    return variables
 
 
 def render_chat(

@@ -51,7 +51,6 @@ class SamplingFields(Struct, kw_only=True):
     model: Annotated[str, Meta(min_length=1)]
     max_tokens: NumTokens | None = None
     n: NumChoices | None = None
-    best_of: int | None = None
     stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -72,6 +71,7 @@ class SamplingFields(Struct, kw_only=True):
     add_special_tokens: bool | None = None
     cache_salt: CacheSalt | None = None
     lora_path: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
 
 class ContentPart(Struct):
@@ -101,12 +101,15 @@ class ChatRequest(SamplingFields, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
     """POST /v1/completions."""
 
     prompt: str | list[Any]
+    max_tokens: Annotated[int, Meta(ge=0)] | None = None  # 0: the prompt is scored, nothing is generated
+    best_of: NumChoices | None = None
     echo: bool | None = None
     logprobs: NumLogprobs | None = None
 
@@ -193,17 +196,28 @@ _REFUSED: dict[str, frozenset[bytes]] = {
         ("regex ebnf json_schema structural_tag kv_transfer_params vllm_xargs custom_logit_processor", []),
         ("return_token_ids return_tokens_as_token_ids return_logprob return_hidden_states", []),
         ("input_embeds image_data video_data audio_data session_params return_text_in_logprobs", []),
+        ("store moderation", []),
         ("tool_choice function_call", [b'"none"']),
         ("modalities", [b'["text"]']),
-        ("length_penalty", [b"1", b"1.0"]),
+        ("length_penalty best_of", [b"1", b"1.0"]),
+        ("priority", [b"0"]),
+        ("verbosity", [b'"medium"']),
         ("spaces_between_special_tokens", [b"true"]),
     ]
     for name in names.split()
 }
 _BOOKKEEPING = frozenset(
-    ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options"]
-    + ["parallel_tool_calls", "reasoning_effort", "verbosity", "prediction", "moderation", "priority", "request_id"]
-    + ["session_id", "rid", "stream_interval", "truncation_side", "logprob_start_len", "top_logprobs_num"]
+    ["user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "parallel_tool_calls"]
+    + [
+        "prediction",
+        "request_id",
+        "session_id",
+        "rid",
+        "stream_interval",
+        "truncation_side",
+        "logprob_start_len",
+        "top_logprobs_num",
+    ]
 )
 
 

@@ -36,3 +36,5 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     ignore_eos: bool = False
     # None: no logprobs. k: the chosen token's logprob and those of the k likeliest, of the raw distribution.
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    # The same for every token of the prompt but the first, which nothing comes before.
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None

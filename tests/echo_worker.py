@@ -72,6 +72,13 @@ def echo_tokens(prompt: list[int], digest: str, seed: int | None, num_tokens: in
     return [echo_token(key, i) for i in range(num_tokens)]
 
 
+def echo_logprobs(token: int, num_top: int) -> TokenLogprobs:
+    """Of a token, wherever it stands; the likeliest are it and the first others."""
+    logprob = -(1 + token % 63) / 64  # exact in binary, so that it is the same after any journey
+    others = [i for i in range(NUM_SPECIAL, NUM_SPECIAL + num_top) if i != token]
+    return TokenLogprobs(logprob, [(token, logprob), *((i, -1.0 - i) for i in others)][:num_top])
+
+
 def digest_of(source: str) -> str:
     """The made-up content of an adapter."""
     return hashlib.sha256(source.encode()).hexdigest()
@@ -235,6 +242,7 @@ class EchoWorker:
             max_model_len=4096,
             eos_token_ids=[2],
             lora_enabled=True,
+            prompt_logprobs=True,
         )
         files = [FileInfo(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in self.files.items()]
         event = Welcome(
@@ -351,13 +359,16 @@ class EchoWorker:
             del peer.running[command.request_id]
         logprobs = None
         if sampling.logprobs is not None:
-            top = [(token, -0.25), *((i, -1.0 - i) for i in range(3, 3 + sampling.logprobs))][: sampling.logprobs]
-            logprobs = [TokenLogprobs(-0.25, top)]
+            logprobs = [echo_logprobs(token, sampling.logprobs)]
+        prompt_logprobs = None
+        if sampling.prompt_logprobs is not None and offset == 0:
+            prompt_logprobs = [echo_logprobs(t, sampling.prompt_logprobs) for t in command.prompt_token_ids[1:]]
         return Output(
             request_id=command.request_id,
             offset=offset,
             token_ids=[token],
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             finish_reason=finish,
             stop_token_id=stop_token,
             cached_tokens=1 if offset == 0 and len(command.prompt_token_ids) > 1 else 0,
