@@ -14,6 +14,7 @@ from gateway.placement import Lease
 from gateway.responses import EventStream, WholeResponse
 from gateway.schemas import ChatRequest, CompletionRequest, SamplingFields, body_decoder
 from gateway.state import Gateway, gateway_of, read_json
+from gateway.tools import message_parser, tool_use
 from protocol.sampling import SamplingParams
 
 _decode_chat = body_decoder(ChatRequest)
@@ -33,7 +34,9 @@ async def chat_completions(request: Request) -> Response:
     logprobs = params.chat_logprobs(fields)
     lease = gateway.admit({adapter}, num_choices)
     try:
-        params.check_num_chars(params.num_message_chars(fields.messages), lease.model, "messages")
+        use = tool_use(fields, lease.text)
+        num_chars = params.num_message_chars(fields.messages) + (use.num_chars if use else 0)
+        params.check_num_chars(num_chars, lease.model, "messages")
         knows_developer = lease.text.template is not None and lease.text.template.knows_developer
         prompt = await gateway.in_thread(
             params.render_chat,
@@ -43,6 +46,7 @@ async def chat_completions(request: Request) -> Response:
             add_generation_prompt=flags[0],
             continue_final_message=flags[1],
             variables=params.template_variables(fields, lease.text),
+            tools=use.specs if use else None,
             add_special_tokens=bool(fields.add_special_tokens),
         )
         asked = fields.max_completion_tokens or fields.max_tokens
@@ -55,8 +59,12 @@ async def chat_completions(request: Request) -> Response:
             logprobs=logprobs,
         )
         jobs = _jobs(fields, [(prompt, sampling)], num_choices, adapter)
-        plan = _plan(request, fields, jobs, num_choices, "messages")
-        return _respond(gateway, lease, fields, plan, ChatShape(logprobs=logprobs is not None))
+        if use is not None and lease.text.tokenizer.has_special(use.form.begin):
+            for job in jobs:
+                job.text.skip_special_tokens = False  # the mark must be seen to be read
+        parser = message_parser(lease.text, prompt, use)
+        shape = ChatShape(logprobs=logprobs is not None, parser=parser, short_ids=bool(use and use.form.short_ids))
+        return _respond(gateway, lease, fields, _plan(request, fields, jobs, num_choices, "messages"), shape)
     except BaseException:
         lease.release()
         raise

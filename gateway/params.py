@@ -198,6 +198,8 @@ def _template_message(message: Message, param: str, knows_developer: bool) -> di
         result["name"] = message.name
     if message.tool_call_id is not None:
         result["tool_call_id"] = message.tool_call_id
+    if message.reasoning_content is not None:
+        result["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
         result["tool_calls"] = [_tool_call(call, f"{param}.tool_calls") for call in message.tool_calls]
     return result
@@ -222,16 +224,17 @@ def _tool_call(call: dict[str, Any], param: str) -> dict[str, Any]:
             arguments = msgspec.json.decode(arguments or "{}")
         except (msgspec.DecodeError, RecursionError):
             raise invalid(param, f"{param}: a function's arguments are not valid JSON.") from None
-    if _depth(arguments) > _MAX_TOOL_DEPTH:
+    if depth_of(arguments, _MAX_TOOL_DEPTH) > _MAX_TOOL_DEPTH:
         raise invalid(param, f"{param}: a function's arguments are nested deeper than {_MAX_TOOL_DEPTH}.")
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _depth(value: Any, depth: int = 0) -> int:
-    if depth > _MAX_TOOL_DEPTH or not isinstance(value, dict | list):
+def depth_of(value: Any, most: int, depth: int = 0) -> int:
+    """How deep lists and objects lie in each other; counted up to one more than `most`."""
+    if depth > most or not isinstance(value, dict | list):
         return depth
     children = value.values() if isinstance(value, dict) else value
-    return max((_depth(child, depth + 1) for child in children), default=depth + 1)
+    return max((depth_of(child, most, depth + 1) for child in children), default=depth + 1)
 
 
 def template_variables(fields: ChatRequest, text: ModelText) -> dict[str, Any]:
@@ -256,6 +259,7 @@ def render_chat(
     add_generation_prompt: bool,
     continue_final_message: bool,
     variables: dict[str, Any],
+    tools: list[dict[str, Any]] | None = None,
     add_special_tokens: bool = False,
 ) -> list[int]:
     """A chat's prompt as token ids. Slow: call it in a thread. Raises ApiError."""
@@ -268,6 +272,7 @@ def render_chat(
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables=variables,
+            tools=tools,
         )
     except ChatTemplateError as error:
         raise invalid("messages", f"messages: {error}.") from None

@@ -29,7 +29,7 @@ class Tokenizer:
         self._byte_level = _mentions(spec.get("decoder"), "ByteLevel")
         added = spec.get("added_tokens", [])
         self._added = {token["id"]: token["content"] for token in added}
-        self._special = frozenset(token["id"] for token in added if token.get("special"))
+        self._special = {token["id"]: token["content"] for token in added if token.get("special")}
         self.token_bytes = lru_cache(maxsize=32_768)(self._token_bytes)
         self.token_text = lru_cache(maxsize=32_768)(self._token_text)
 
@@ -47,6 +47,10 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """True for a token that decoding leaves out unless told otherwise."""
         return token_id in self._special
+
+    def has_special(self, text: str) -> bool:
+        """True if a text is such a token."""
+        return text in self._special.values()
 
     def _token_bytes(self, token_id: int) -> bytes:
         """What one token contributes to a text, which may be a part of a character."""

@@ -4,7 +4,8 @@ It speaks the protocol from its own reading of it, and imports nothing of the wo
 
     python -m tests.echo_worker --endpoint ipc:///tmp/x/worker.sock [--control ipc:///tmp/x/control.sock] [--delay-ms 1]
 
-The control socket (REQ) takes one JSON object: {"do": "die" | "hang" | "mute" | "drop" | "delay" | "stats", ...}.
+The control socket (REQ) takes one JSON object, {"do": ...}: die, hang, mute, drop, delay, say, stats.
+Told to say some tokens, it answers everything with them and the end of text, until it is told to say nothing.
 """
 
 import argparse
@@ -53,6 +54,7 @@ from protocol.session import EventSender, Receiver
 from tests import tiny_model
 
 BASE = "echo/base"
+EOS = 2
 NUM_SPECIAL = len(tiny_model.SPECIAL)
 
 
@@ -120,6 +122,7 @@ class EchoWorker:
         self.unloading: dict[int, tuple[bytes, int, float]] = {}  # generation → routing id, request id, deadline
         self.counts = {"aborts": 0, "generates": 0, "hellos": 0, "drop": 0, "steps": 0}
         self.muted = False
+        self.said: list[int] = []
         context = zmq.Context()
         self.router = context.socket(zmq.ROUTER)
         self.router.setsockopt(zmq.LINGER, 0)
@@ -169,6 +172,8 @@ class EchoWorker:
                 self.muted = True
             case "drop":
                 self.counts["drop"] += 1
+            case "say":
+                self.said = order["tokens"]
             case "delay":
                 self.delay_s = order["ms"] / 1000
         running = sum(len(peer.running) for peer in self.peers.values())
@@ -240,7 +245,7 @@ class EchoWorker:
             created=self.created,
             vocab_size=tiny_model.VOCAB_SIZE,
             max_model_len=4096,
-            eos_token_ids=[2],
+            eos_token_ids=[EOS],
             lora_enabled=True,
             prompt_logprobs=True,
         )
@@ -349,9 +354,11 @@ class EchoWorker:
         command, offset = running.command, running.num_sent
         sampling = command.sampling
         token = echo_token(running.key, offset)
+        if self.said:
+            token = [*self.said, EOS][offset]
         running.num_sent += 1
         finish, stop_token = None, None
-        if token in sampling.stop_token_ids and running.num_sent >= sampling.min_tokens:
+        if token == EOS or token in sampling.stop_token_ids and running.num_sent >= sampling.min_tokens:
             finish, stop_token = FinishReason.STOP, token
         elif running.num_sent >= sampling.max_tokens:
             finish = FinishReason.LENGTH
