@@ -41,11 +41,20 @@ class ChatShape:
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, *, logprobs: bool = False, parser: ParserFactory | None = None, short_ids: bool = False) -> None:
-        """parser: of each choice's text; None if it is all content. short_ids: see ToolFormat."""
+    def __init__(
+        self,
+        *,
+        logprobs: bool = False,
+        parser: ParserFactory | None = None,
+        short_ids: bool = False,
+        is_named: bool = False,
+    ) -> None:
+        """parser: of each choice's text; None if it is all content. short_ids: see ToolFormat. is_named: the request
+        says which function is to be called; that it was is then no reason to end."""
         self._wants_logprobs = logprobs
         self._make_parser = parser
         self._short_ids = short_ids
+        self._is_named = is_named
         self._parsers: dict[int, MessageParser] = {}
 
     def opening(self, delta: Delta, generation: Generation) -> Part | None:
@@ -69,7 +78,7 @@ class ChatShape:
             pieces.append(Part(_NOTHING))
         if pieces:
             pieces[-1].logprobs = logprobs
-            pieces[-1].finish_reason = _finish_reason(delta, parser)
+            pieces[-1].finish_reason = self._finish_reason(delta, parser)
         return pieces
 
     def _piece_json(self, piece: Piece, call: int) -> dict[str, Any]:
@@ -103,7 +112,7 @@ class ChatShape:
         if self._make_parser is not None:
             parser = self._make_parser()
             message |= self._message_json(parser.add(answer.text) + parser.finish())
-            finish = _finish_reason(answer, parser)
+            finish = self._finish_reason(answer, parser)
         return {
             "index": answer.index,
             "message": message,
@@ -130,6 +139,6 @@ class ChatShape:
             message["tool_calls"] = calls
         return message
 
-
-def _finish_reason(delta: Delta, parser: MessageParser) -> str | None:
-    return "tool_calls" if parser.num_calls and delta.finish_reason == "stop" else delta.finish_reason
+    def _finish_reason(self, delta: Delta, parser: MessageParser) -> str | None:
+        is_call = parser.num_calls and delta.finish_reason == "stop" and not self._is_named
+        return "tool_calls" if is_call else delta.finish_reason

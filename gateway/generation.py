@@ -105,6 +105,7 @@ class Plan:
     trace: str  # the HTTP request's id, for the log
     cache_salt: str = ""
     prompt_param: str = "prompt"  # the field that errors about the prompt name
+    grammar_param: str = "response_format"  # and those about the grammar
     started_s: float = field(default_factory=time.monotonic)
 
 
@@ -201,6 +202,8 @@ class Generation:
             failure.param = self._plan.prompt_param
         if failure.param == "prompt_logprobs":
             failure.param = "echo"
+        if failure.param == "grammar":
+            failure.param = self._plan.grammar_param
         return failure
 
     # ---------------------------------------------------------------------------------------------------- ending

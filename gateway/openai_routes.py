@@ -14,8 +14,9 @@ from gateway.placement import Lease
 from gateway.responses import EventStream, WholeResponse
 from gateway.schemas import ChatRequest, CompletionRequest, SamplingFields, body_decoder
 from gateway.state import Gateway, gateway_of, read_json
+from gateway.structured import grammar_of
 from gateway.tools import message_parser, tool_use
-from protocol.sampling import SamplingParams
+from protocol.sampling import Grammar, SamplingParams
 
 _decode_chat = body_decoder(ChatRequest)
 _decode_completion = body_decoder(CompletionRequest)
@@ -34,7 +35,14 @@ async def chat_completions(request: Request) -> Response:
     logprobs = params.chat_logprobs(fields)
     lease = gateway.admit({adapter}, num_choices)
     try:
-        use = tool_use(fields, lease.text)
+        grammar, grammar_param = grammar_of(fields, lease.model)
+        use = tool_use(fields, lease.text, lease.model)
+        if use is not None and use.grammar is not None:
+            if grammar is not None:
+                raise invalid(
+                    grammar_param, f"{grammar_param} and a tool_choice that forces a call cannot both be used."
+                )
+            grammar, grammar_param = use.grammar, "tools"
         num_chars = params.num_message_chars(fields.messages) + (use.num_chars if use else 0)
         params.check_num_chars(num_chars, lease.model, "messages")
         knows_developer = lease.text.template is not None and lease.text.template.knows_developer
@@ -57,14 +65,20 @@ async def chat_completions(request: Request) -> Response:
             min_tokens=fields.min_tokens,
             seed=fields.seed,
             logprobs=logprobs,
+            grammar=grammar,
         )
         jobs = _jobs(fields, [(prompt, sampling)], num_choices, adapter)
         if use is not None and lease.text.tokenizer.has_special(use.form.begin):
             for job in jobs:
                 job.text.skip_special_tokens = False  # the mark must be seen to be read
-        parser = message_parser(lease.text, prompt, use)
-        shape = ChatShape(logprobs=logprobs is not None, parser=parser, short_ids=bool(use and use.form.short_ids))
-        return _respond(gateway, lease, fields, _plan(request, fields, jobs, num_choices, "messages"), shape)
+        shape = ChatShape(
+            logprobs=logprobs is not None,
+            parser=message_parser(lease.text, prompt, use, grammar is not None),
+            short_ids=use is not None and use.form.short_ids,
+            is_named=use is not None and use.is_named,
+        )
+        plan = _plan(request, fields, jobs, num_choices, "messages", grammar_param)
+        return _respond(gateway, lease, fields, plan, shape)
     except BaseException:
         lease.release()
         raise
@@ -84,8 +98,9 @@ async def completions(request: Request) -> Response:
     try:
         if fields.echo and fields.logprobs is not None and not lease.model.prompt_logprobs:
             raise unsupported("echo with logprobs")
+        grammar, grammar_param = grammar_of(fields, lease.model)
         token_ids = await _encode_prompts(gateway, lease, fields, prompts)
-        pairs = [(ids, _completion_sampling(fields, lease, ids, best_of > num_choices)) for ids in token_ids]
+        pairs = [(ids, _completion_sampling(fields, lease, ids, grammar, best_of > num_choices)) for ids in token_ids]
         jobs = _jobs(fields, pairs, best_of, adapter)
         shape = CompletionShape(
             echoes=_echoes(prompts, lease) if fields.echo else None,
@@ -94,7 +109,7 @@ async def completions(request: Request) -> Response:
             num_choices=num_choices,
             best_of=best_of,
         )
-        plan = _plan(request, fields, jobs, best_of, "prompt")
+        plan = _plan(request, fields, jobs, best_of, "prompt", grammar_param)
         return _respond(gateway, lease, fields, plan, shape)
     except BaseException:
         lease.release()
@@ -138,7 +153,9 @@ async def _encode_prompts(
     return token_ids
 
 
-def _completion_sampling(fields: CompletionRequest, lease: Lease, prompt: list[int], ranked: bool) -> SamplingParams:
+def _completion_sampling(
+    fields: CompletionRequest, lease: Lease, prompt: list[int], grammar: Grammar | None, ranked: bool
+) -> SamplingParams:
     """ranked: best_of needs the logprobs, asked for or not."""
     only_prompt = fields.max_tokens == 0
     asked = 1 if only_prompt else fields.max_tokens  # the worker cannot make none
@@ -150,6 +167,7 @@ def _completion_sampling(fields: CompletionRequest, lease: Lease, prompt: list[i
         seed=fields.seed,
         logprobs=0 if ranked and fields.logprobs is None else fields.logprobs,
         prompt_logprobs=fields.logprobs if fields.echo else None,
+        grammar=grammar,
     )
 
 
@@ -170,13 +188,21 @@ def _echoes(prompts: list[str | list[int]], lease: Lease) -> list[str]:
     return [prompt if isinstance(prompt, str) else decode(prompt, False) for prompt in prompts]
 
 
-def _plan(request: Request, fields: SamplingFields, jobs: list[Job], num_choices: int, prompt_param: str) -> Plan:
+def _plan(
+    request: Request,
+    fields: SamplingFields,
+    jobs: list[Job],
+    num_choices: int,
+    prompt_param: str,
+    grammar_param: str,
+) -> Plan:
     return Plan(
         jobs=jobs,
         num_choices=num_choices,
         trace=request.scope["request_id"],
         cache_salt=fields.cache_salt or "",
         prompt_param=prompt_param,
+        grammar_param=grammar_param,
     )
 
 

@@ -11,7 +11,7 @@ from gateway.model_text import ModelText, SamplingDefaults
 from gateway.schemas import MAX_PROMPTS, ChatRequest, Message, NativeSampling, SamplingFields, Stop
 from protocol.bounds import context_length_exceeded
 from protocol.messages import ModelCard
-from protocol.sampling import SamplingParams, TokenId
+from protocol.sampling import Grammar, SamplingParams, TokenId
 
 T = TypeVar("T")
 
@@ -69,6 +69,7 @@ def sampling_params(
     seed: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """The request's choices over the model's defaults. Ranges were checked when the body was read."""
 
@@ -92,6 +93,7 @@ def sampling_params(
         ignore_eos=bool(fields.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
     )
 
 

@@ -24,6 +24,7 @@ MAX_STOPS = 16
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 1024  # in one request
 MAX_TOOLS = 128
+MAX_CHOICE = 1024  # texts to choose from
 
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 Stop = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)]
@@ -44,6 +45,32 @@ class StreamOptions(Struct, frozen=True):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+
+
+class JsonSchemaFormat(Struct):
+    """OpenAI's json_schema. Answers are held to it, strict or not."""
+
+    schema: dict[str, Any] | None = None
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct):
+    """What form the answer takes."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Struct):
+    """vLLM's way to ask for it; exactly one of these."""
+
+    json: dict[str, Any] | str | None = None
+    json_object: bool | None = None
+    regex: Annotated[str, Meta(min_length=1)] | None = None
+    choice: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1, max_length=MAX_CHOICE)] | None = None
+    grammar: Annotated[str, Meta(min_length=1)] | None = None
 
 
 class SamplingFields(Struct, kw_only=True):
@@ -73,6 +100,8 @@ class SamplingFields(Struct, kw_only=True):
     cache_salt: CacheSalt | None = None
     lora_path: str | None = None
     service_tier: Literal["auto", "default"] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class ContentPart(Struct):
@@ -212,12 +241,15 @@ _REFUSED: dict[str, frozenset[bytes]] = {
     name: frozenset(values)
     for names, values in [
         ("tools functions audio web_search_options suffix documents chat_template prompt_logprobs prompt_embeds", []),
-        ("guided_json guided_regex guided_choice guided_grammar guided_decoding_backend structured_outputs", []),
+        ("guided_json guided_regex guided_choice guided_grammar guided_decoding_backend", []),
         ("use_beam_search bad_words allowed_token_ids truncate_prompt_tokens logprob_token_ids stop_regex", []),
-        ("regex ebnf json_schema structural_tag kv_transfer_params vllm_xargs custom_logit_processor", []),
+        (
+            "regex ebnf json_schema structural_tag response_format kv_transfer_params custom_logit_processor",
+            [],
+        ),
         ("return_token_ids return_tokens_as_token_ids return_logprob return_hidden_states", []),
         ("input_embeds image_data video_data audio_data session_params return_text_in_logprobs", []),
-        ("store moderation", []),
+        ("store moderation vllm_xargs", []),
         ("tool_choice function_call", [b'"none"']),
         ("modalities", [b'["text"]']),
         ("length_penalty best_of", [b"1", b"1.0"]),
@@ -268,23 +300,8 @@ def check_other_fields(present: dict[str, Raw], known: frozenset[str]) -> None:
             value = bytes(present[name])
             if value not in _UNUSED and value not in _REFUSED[name]:
                 raise unsupported(name)
-        elif name == "response_format":
-            _check_response_format(present[name])
         elif name not in _BOOKKEEPING:
             logger.debug("ignored the unknown field %.64r", name)
-
-
-def _check_response_format(value: Raw) -> None:
-    if bytes(value) == b"null":
-        return
-    try:
-        kind = msgspec.json.decode(value, type=dict[str, Any]).get("type")
-    except (msgspec.MsgspecError, RecursionError):
-        raise invalid("response_format", "response_format must be an object with a type.") from None
-    if kind not in ("text", "json_object", "json_schema", "structural_tag"):
-        raise invalid("response_format", "response_format.type must be 'text'.")
-    if kind != "text":
-        raise unsupported("response_format")
 
 
 def _field_error(text: str) -> ApiError:

@@ -44,6 +44,11 @@ class Tokenizer:
         text: str = self.hub.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    def token_id(self, text: str) -> int | None:
+        """The token with exactly this text, if there is one."""
+        found: int | None = self.hub.token_to_id(text)
+        return found
+
     def is_special(self, token_id: int) -> bool:
         """True for a token that decoding leaves out unless told otherwise."""
         return token_id in self._special

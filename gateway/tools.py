@@ -1,6 +1,6 @@
 """A request's tools: what the model's template is shown of them, and how its answer is read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -11,7 +11,10 @@ from gateway.model_text import ModelText
 from gateway.params import depth_of
 from gateway.reasoning import BEGIN, ReasoningSplitter
 from gateway.schemas import ChatRequest, Tool
+from gateway.tokenizer import Tokenizer
 from gateway.tool_parsers import ToolCallParser, ToolFormat
+from protocol.messages import ModelCard
+from protocol.sampling import MAX_GRAMMAR_CHARS, Grammar
 
 MAX_TOOLS_BYTES = 64 * 1024  # of JSON, all of a request's tools
 MAX_DEPTH = 16  # of a function's parameters
@@ -27,18 +30,21 @@ class ToolUse:
     names: frozenset[str]
     num_chars: int
     parallel: bool
+    grammar: Grammar | None = None  # if the model must call one
+    is_named: bool = False  # and the request says which
 
 
-def tool_use(fields: ChatRequest, text: ModelText) -> ToolUse | None:
+def tool_use(fields: ChatRequest, text: ModelText, model: ModelCard) -> ToolUse | None:
     """The request's tools, if it has any and lets the model call them. Raises the 400 of those that cannot be."""
     choice = fields.tool_choice
     if not fields.tools:
         if choice not in (None, "none"):
             raise invalid("tool_choice", "tool_choice needs tools.")
         return None
-    if choice == "required" or isinstance(choice, dict):  # needs an answer that is held to a grammar
+    forced = choice == "required" or isinstance(choice, dict)
+    if forced and not model.grammars:
         raise unsupported("tool_choice")
-    specs = [_spec(tool, f"tools[{i}].function") for i, tool in enumerate(fields.tools)]
+    specs = [_spec(tool, f"tools[{i}].function", forced) for i, tool in enumerate(fields.tools)]
     names = frozenset(tool.function.name for tool in fields.tools)
     if len(names) < len(specs):
         raise invalid("tools", "tools: two functions have the same name.")
@@ -49,13 +55,54 @@ def tool_use(fields: ChatRequest, text: ModelText) -> ToolUse | None:
         return None
     if text.template is None or text.template.tool_format is None:
         raise invalid("tools", "This model's chat template knows no tools.", "unsupported_parameter")
-    parallel = fields.parallel_tool_calls is not False
-    return ToolUse(text.template.tool_format, specs, names, num_bytes, parallel)
+    use = ToolUse(text.template.tool_format, specs, names, num_bytes, fields.parallel_tool_calls is not False)
+    return _forced(use, choice, text) if forced else use
 
 
-def _spec(tool: Tool, param: str) -> dict[str, Any]:
+def _forced(use: ToolUse, choice: Any, text: ModelText) -> ToolUse:
+    """The same for a model that must call a function, any or the one that is named."""
+    specs = use.specs
+    if isinstance(choice, dict):
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if choice.get("type") != "function" or name not in use.names:
+            raise invalid("tool_choice", "tool_choice must name one of the tools.")
+        specs = [spec for spec in specs if spec["function"]["name"] == name]
+    source = call_grammar(use.form, [spec["function"] for spec in specs], use.parallel, text.tokenizer)
+    if len(source) > MAX_GRAMMAR_CHARS:
+        raise invalid("tools", "tools: the functions' parameters are too large for tool_choice to be enforced.")
+    return replace(use, grammar=Grammar("grammar", source), is_named=isinstance(choice, dict))
+
+
+def call_grammar(form: ToolFormat, functions: list[dict[str, Any]], parallel: bool, tokenizer: Tokenizer) -> str:
+    """What a family's answer looks like that consists of calls of these functions, in llguidance's Lark."""
+    key = "parameters" if form.starts_bare else "arguments"
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": function["name"]}, key: function["parameters"]},
+            "required": ["name", key],
+            "additionalProperties": False,
+        }
+        for function in functions
+    ]
+    # As templates write calls in a history: what the model has seen most.
+    spacing = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    schema = msgspec.json.encode({"anyOf": calls, "x-guidance": spacing}).decode()
+    special = tokenizer.token_id(form.begin) if tokenizer.has_special(form.begin) else None
+    begin = f"<[{special}]>" if special is not None else msgspec.json.encode(form.begin).decode()
+    one, between = "call", f"{form.separator} "
+    if form.end:
+        one, between = f'{begin} "\\n" call "\\n{form.end}"', "\\n"
+    start = f'{one} ("{between}" {one})*' if parallel else one
+    if form.may_list:
+        start = f'{begin} "[" {start} "]"'
+    return f"start: {start}\ncall: %json {schema}"
+
+
+def _spec(tool: Tool, param: str, forced: bool) -> dict[str, Any]:
     function = tool.function
-    if function.strict:
+    if function.strict and not forced:
         raise unsupported(f"{param}.strict")
     if depth_of(function.parameters, MAX_DEPTH) > MAX_DEPTH:
         raise invalid(f"{param}.parameters", f"{param}.parameters is nested deeper than {MAX_DEPTH}.")
@@ -66,9 +113,10 @@ def _spec(tool: Tool, param: str) -> dict[str, Any]:
     return {"type": "function", "function": spec}
 
 
-def message_parser(text: ModelText, prompt: list[int], use: ToolUse | None) -> ParserFactory | None:
-    """What makes the parser of each answer; None if an answer's text is all content."""
-    thinks = text.template is not None and text.template.thinks
+def message_parser(text: ModelText, prompt: list[int], use: ToolUse | None, is_held: bool) -> ParserFactory | None:
+    """What makes the parser of each answer; None if an answer's text is all content. is_held: to a grammar, which has
+    no place for thoughts."""
+    thinks = text.template is not None and text.template.thinks and not is_held
     if not thinks and use is None:
         return None
     tail = text.tokenizer.decode(prompt[-_NUM_TAIL_TOKENS:], skip_special_tokens=False) if thinks else ""

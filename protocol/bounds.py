@@ -27,6 +27,8 @@ def check_generate(command: Generate, model: ModelCard) -> Error | None:
         return _invalid("stop_token_ids", f"a stop token id is outside the vocabulary of {model.vocab_size}")
     if any(token_id >= model.vocab_size for token_id in sampling.logit_bias):
         return _invalid("logit_bias", f"a logit_bias key is outside the vocabulary of {model.vocab_size}")
+    if sampling.grammar is not None and not model.grammars:
+        return _invalid("grammar", "this server's worker cannot hold answers to a grammar")
     if (error := _check_prompt_logprobs(command, model)) is not None:
         return error
     return _check_finite(sampling)

@@ -48,6 +48,7 @@ class ModelCard(Struct, frozen=True, kw_only=True, omit_defaults=True):
     eos_token_ids: list[TokenId]
     lora_enabled: bool
     prompt_logprobs: bool = False  # whether this worker can give the logprobs of a prompt's tokens
+    grammars: bool = False  # whether it can hold answers to grammars
 
 
 class AdapterInfo(Struct, frozen=True, kw_only=True):

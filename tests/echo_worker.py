@@ -123,6 +123,7 @@ class EchoWorker:
         self.counts = {"aborts": 0, "generates": 0, "hellos": 0, "drop": 0, "steps": 0}
         self.muted = False
         self.said: list[int] = []
+        self.last_grammar: list[str] = []
         context = zmq.Context()
         self.router = context.socket(zmq.ROUTER)
         self.router.setsockopt(zmq.LINGER, 0)
@@ -177,7 +178,13 @@ class EchoWorker:
             case "delay":
                 self.delay_s = order["ms"] / 1000
         running = sum(len(peer.running) for peer in self.peers.values())
-        return {**self.counts, "running": running, "peers": len(self.peers), "pid": os.getpid()}
+        return {
+            **self.counts,
+            "running": running,
+            "peers": len(self.peers),
+            "pid": os.getpid(),
+            "grammar": self.last_grammar,
+        }
 
     def _receive(self) -> bool:
         try:
@@ -248,6 +255,7 @@ class EchoWorker:
             eos_token_ids=[EOS],
             lora_enabled=True,
             prompt_logprobs=True,
+            grammars=True,
         )
         files = [FileInfo(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in self.files.items()]
         event = Welcome(
@@ -263,6 +271,13 @@ class EchoWorker:
 
     def _generate(self, routing_id: bytes, peer: Peer, command: Generate) -> None:
         self.counts["generates"] += 1
+        grammar = command.sampling.grammar
+        self.last_grammar = [grammar.kind, grammar.source] if grammar else []
+        if grammar is not None and "impossible" in grammar.source:
+            error = Error(ErrorCode.INVALID_REQUEST, "The grammar cannot be used.", "grammar")
+            output = Output(request_id=command.request_id, offset=0, token_ids=[], error=error)
+            self._send(routing_id, Outputs(outputs=[output]))
+            return
         digest = ""
         if command.generation:
             if command.generation not in self.adapters:
