@@ -15,6 +15,7 @@ from gateway.access import not_found
 from gateway.config import GatewayConfig
 from gateway.edge import Edge, error_response
 from gateway.errors import ApiError
+from gateway.openapi import document
 from gateway.placement import Fleet
 from gateway.state import Gateway
 
@@ -38,6 +39,14 @@ ROUTES = [
     Route("/v1/load_lora_adapter", adapter_routes.load_vllm, methods=["POST"]),
     Route("/v1/unload_lora_adapter", adapter_routes.unload_vllm, methods=["POST"]),
 ]
+
+
+async def openapi(request: Request) -> Response:
+    """This description of the routes."""
+    return info_routes.json_response(document(ROUTES, info_routes.version()))
+
+
+ROUTES.append(Route("/openapi.json", openapi))
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

@@ -259,6 +259,7 @@ _REFUSED: dict[str, frozenset[bytes]] = {
     ]
     for name in names.split()
 }
+REFUSED_NAMES = tuple(sorted(_REFUSED))
 _BOOKKEEPING = frozenset(
     ["user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "parallel_tool_calls"]
     + [
