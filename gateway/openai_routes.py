@@ -1,5 +1,7 @@
 """POST /v1/chat/completions and /v1/completions."""
 
+from functools import partial
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -15,14 +17,14 @@ from gateway.responses import EventStream, WholeResponse
 from gateway.schemas import ChatRequest, CompletionRequest, SamplingFields, body_decoder
 from gateway.state import Gateway, gateway_of, read_json
 from gateway.structured import grammar_of
-from gateway.tools import message_parser, tool_use
+from gateway.tools import ToolUse, message_parser, tool_use
 from protocol.sampling import Grammar, SamplingParams
 
 _decode_chat = body_decoder(ChatRequest)
 _decode_completion = body_decoder(CompletionRequest)
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, on /v1/completions
-MAX_INLINE_CHARS = 4096  # a longer prompt is tokenized in a thread
+MAX_INLINE_CHARS = 4096  # a longer prompt is tokenized in a thread; for a shorter one the way there costs more
 
 
 async def chat_completions(request: Request) -> Response:
@@ -31,7 +33,6 @@ async def chat_completions(request: Request) -> Response:
     fields = _decode_chat(await read_json(request))
     adapter = gateway.resolve(fields.model, fields.lora_path)
     num_choices = _check_fields(fields, gateway)
-    flags = params.check_chat_flags(fields.add_generation_prompt, fields.continue_final_message)
     logprobs = params.chat_logprobs(fields)
     lease = gateway.admit({adapter}, num_choices)
     try:
@@ -39,24 +40,10 @@ async def chat_completions(request: Request) -> Response:
         use = tool_use(fields, lease.text, lease.model)
         if use is not None and use.grammar is not None:
             if grammar is not None:
-                raise invalid(
-                    grammar_param, f"{grammar_param} and a tool_choice that forces a call cannot both be used."
-                )
+                message = f"{grammar_param} and a tool_choice that forces a call cannot both be used."
+                raise invalid(grammar_param, message)
             grammar, grammar_param = use.grammar, "tools"
-        num_chars = params.num_message_chars(fields.messages) + (use.num_chars if use else 0)
-        params.check_num_chars(num_chars, lease.model, "messages")
-        knows_developer = lease.text.template is not None and lease.text.template.knows_developer
-        prompt = await gateway.in_thread(
-            params.render_chat,
-            lease.text,
-            lease.model,
-            params.template_messages(fields.messages, knows_developer),
-            add_generation_prompt=flags[0],
-            continue_final_message=flags[1],
-            variables=params.template_variables(fields, lease.text),
-            tools=use.specs if use else None,
-            add_special_tokens=bool(fields.add_special_tokens),
-        )
+        prompt = await _chat_prompt(gateway, lease, fields, use)
         asked = fields.max_completion_tokens or fields.max_tokens
         sampling = params.sampling_params(
             fields,
@@ -82,6 +69,25 @@ async def chat_completions(request: Request) -> Response:
     except BaseException:
         lease.release()
         raise
+
+
+async def _chat_prompt(gateway: Gateway, lease: Lease, fields: ChatRequest, use: ToolUse | None) -> list[int]:
+    flags = params.check_chat_flags(fields.add_generation_prompt, fields.continue_final_message)
+    num_chars = params.num_message_chars(fields.messages) + (use.num_chars if use else 0)
+    params.check_num_chars(num_chars, lease.model, "messages")
+    knows_developer = lease.text.template is not None and lease.text.template.knows_developer
+    render = partial(
+        params.render_chat,
+        lease.text,
+        lease.model,
+        params.template_messages(fields.messages, knows_developer),
+        add_generation_prompt=flags[0],
+        continue_final_message=flags[1],
+        variables=params.template_variables(fields, lease.text),
+        tools=use.specs if use else None,
+        add_special_tokens=bool(fields.add_special_tokens),
+    )
+    return render() if num_chars <= MAX_INLINE_CHARS else await gateway.in_thread(render)
 
 
 async def completions(request: Request) -> Response:

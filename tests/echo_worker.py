@@ -110,10 +110,10 @@ class EchoWorker:
     """The whole worker: one loop over the sockets and one token a step for every sequence."""
 
     def __init__(
-        self, endpoint: str, control: str | None, delay_ms: float, num_credits: int, adapters: list[str]
+        self, endpoint: str, control: str | None, delay_ms: float, num_credits: int, adapters: list[str], tools: bool
     ) -> None:
         self.epoch = os.urandom(16)
-        self.files = tiny_model.files()
+        self.files = tiny_model.files(tiny_model.TOOL_TEMPLATE if tools else tiny_model.TEMPLATE)
         self.credits = num_credits
         self.delay_s = delay_ms / 1000
         self.created = int(time.time())
@@ -435,9 +435,11 @@ def main() -> None:
     parser.add_argument("--delay-ms", type=float, default=1.0)
     parser.add_argument("--credits", type=int, default=4096)
     parser.add_argument("--lora-paths", nargs="*", default=[])
+    parser.add_argument("--tools", action="store_true", help="offer a chat template that knows tools")
     parser.add_argument("--log-level", help="as the real worker has it; nothing is logged here")
     options = parser.parse_args()
-    EchoWorker(options.endpoint, options.control, options.delay_ms, options.credits, options.lora_paths).run()
+    adapters, tools = options.lora_paths, options.tools
+    EchoWorker(options.endpoint, options.control, options.delay_ms, options.credits, adapters, tools).run()
 
 
 if __name__ == "__main__":

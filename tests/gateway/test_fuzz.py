@@ -10,10 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 
-from gateway.app import create_app
-from gateway.config import GatewayConfig
 from gateway.schemas import ChatRequest, CompletionRequest, NativeRequest, NativeSampling
-from tests.gateway.conftest import http_client, until_ready
+from tests.gateway.conftest import LoopThread
 from tests.gateway.test_openai_routes import expected, stream
 from tests.processes import EchoProcess
 
@@ -68,32 +66,17 @@ def dumped(body: dict[str, Any]) -> bytes:
 
 def test_never_a_500(echo: EchoProcess) -> None:
     """And a stream of another gateway, which runs all the while on the same worker, stays exact."""
-    with asyncio.Runner() as runner:
-        config = GatewayConfig(worker_endpoint=(echo.endpoint,))
-        apps = [create_app(config), create_app(config)]
-        lifespans = [app.router.lifespan_context(app) for app in apps]
-        for app, lifespan in zip(apps, lifespans, strict=True):
-            runner.run(lifespan.__aenter__())
-            runner.run(until_ready(app))
-        client, other = map(http_client, apps)
-        beside = runner.get_loop().create_task(sentinel(other))
+    with LoopThread() as loop, loop.serving(echo) as (app, client), loop.serving(echo) as (other_app, other):
+        beside = asyncio.run_coroutine_threadsafe(sentinel(other), loop.loop)
 
         @given(st.one_of(bodies().map(lambda case: (case[0], dumped(case[1]))), damaged()))
         @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
         def check(case: tuple[str, bytes]) -> None:
-            runner.run(one(apps[0], client, *case))
+            loop.run(one(app, client, *case))
 
         check()
-        assert runner.run(wait(beside)) == expected("beside", "x", NUM_BESIDE)
-        assert [app.state.gateway.fleet.workers[0].num_sessions for app in apps] == [1, 1]
-        for each in (client, other):
-            runner.run(each.aclose())
-        for lifespan in lifespans:
-            runner.run(lifespan.__aexit__(None, None, None))
-
-
-async def wait(task: "asyncio.Task[str]") -> str:
-    return await task
+        assert beside.result() == expected("beside", "x", NUM_BESIDE)
+        assert [each.state.gateway.fleet.workers[0].num_sessions for each in (app, other_app)] == [1, 1]
 
 
 async def sentinel(client: httpx.AsyncClient) -> str:

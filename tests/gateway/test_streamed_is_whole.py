@@ -1,6 +1,5 @@
 """A property: whatever is asked, a stream's deltas join to the answer that is not streamed, logprobs and usage too."""
 
-import asyncio
 from collections import defaultdict
 from typing import Any
 
@@ -8,9 +7,7 @@ import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.app import create_app
-from gateway.config import GatewayConfig
-from tests.gateway.conftest import http_client, until_ready
+from tests.gateway.conftest import LoopThread
 from tests.gateway.test_openai_routes import CHAT, COMPLETIONS, TOKENIZER, expected, post, stream
 from tests.processes import EchoProcess
 
@@ -91,18 +88,11 @@ async def compare(client: httpx.AsyncClient, path: str, body: dict[str, Any]) ->
 
 
 def test_streamed_is_whole(echo: EchoProcess) -> None:
-    with asyncio.Runner() as runner:
-        app = create_app(GatewayConfig(worker_endpoint=(echo.endpoint,)))
-        lifespan = app.router.lifespan_context(app)
-        runner.run(lifespan.__aenter__())
-        runner.run(until_ready(app))
-        client = http_client(app)
+    with LoopThread() as loop, loop.serving(echo) as (_, client):
 
         @given(requests())
         @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
         def check(case: tuple[str, dict[str, Any]]) -> None:
-            runner.run(compare(client, *case))
+            loop.run(compare(client, *case))
 
         check()
-        runner.run(client.aclose())
-        runner.run(lifespan.__aexit__(None, None, None))

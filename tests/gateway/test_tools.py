@@ -10,17 +10,13 @@ import pytest
 from starlette.applications import Starlette
 
 from gateway.chat_template import ChatTemplate
+from tests import tiny_model
 from tests.gateway.conftest import http_client
 from tests.gateway.test_openai_routes import CHAT, COMPLETIONS, HI, TOKENIZER, post, stream
 from tests.processes import EchoProcess
 
 # Each in the manner of its family: where tools are shown, how calls and results are written in the history.
-HERMES = (
-    "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools><|im_end|>"
-    "\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
-    '<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>'
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+HERMES = tiny_model.TOOL_TEMPLATE
 THINKING = "{# </think> #}" + HERMES.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 MISTRAL = (
     "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}{% endif %}"
