@@ -37,12 +37,10 @@ async def chat_completions(request: Request) -> Response:
     lease = gateway.admit({adapter}, num_choices)
     try:
         grammar, grammar_param = grammar_of(fields, lease.model)
-        use = tool_use(fields, lease.text, lease.model)
+        use = tool_use(fields, lease.text, lease.model, grammar)
+        may_think = grammar is None
         if use is not None and use.grammar is not None:
-            if grammar is not None:
-                message = f"{grammar_param} and a tool_choice that forces a call cannot both be used."
-                raise invalid(grammar_param, message)
-            grammar, grammar_param = use.grammar, "tools"
+            grammar, grammar_param, may_think = use.grammar, "tools", use.may_think
         prompt = await _chat_prompt(gateway, lease, fields, use)
         asked = fields.max_completion_tokens or fields.max_tokens
         sampling = params.sampling_params(
@@ -60,7 +58,7 @@ async def chat_completions(request: Request) -> Response:
                 job.text.skip_special_tokens = False  # the mark must be seen to be read
         shape = ChatShape(
             logprobs=logprobs is not None,
-            parser=message_parser(lease.text, prompt, use, grammar is not None),
+            parser=message_parser(lease.text, prompt, use, may_think),
             short_ids=use is not None and use.form.short_ids,
             is_named=use is not None and use.is_named,
         )

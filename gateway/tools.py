@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.call_grammar import call_grammar
 from gateway.errors import invalid, unsupported
 from gateway.message import MessageParser, ParserFactory
 from gateway.model_text import ModelText
@@ -18,6 +19,8 @@ from protocol.sampling import MAX_GRAMMAR_CHARS, Grammar
 
 MAX_TOOLS_BYTES = 64 * 1024  # of JSON, all of a request's tools
 MAX_DEPTH = 16  # of a function's parameters
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
+_ANY: dict[str, Any] = {"type": "object"}
 _NUM_TAIL_TOKENS = 8  # of a prompt, which show whether the model begins within its thoughts
 
 
@@ -30,21 +33,22 @@ class ToolUse:
     names: frozenset[str]
     num_chars: int
     parallel: bool
-    grammar: Grammar | None = None  # if the model must call one
-    is_named: bool = False  # and the request says which
+    grammar: Grammar | None = None  # if the answer is held to one on their account
+    is_named: bool = False  # the request says which function is to be called
+    may_think: bool = True  # the grammar leaves room for text
 
 
-def tool_use(fields: ChatRequest, text: ModelText, model: ModelCard) -> ToolUse | None:
-    """The request's tools, if it has any and lets the model call them. Raises the 400 of those that cannot be."""
+def tool_use(fields: ChatRequest, text: ModelText, model: ModelCard, asked: Grammar | None) -> ToolUse | None:
+    """The request's tools, if it has any and lets the model call them. Raises the 400 of those that cannot be.
+
+    asked: what the answer is to be held to besides.
+    """
     choice = fields.tool_choice
     if not fields.tools:
         if choice not in (None, "none"):
             raise invalid("tool_choice", "tool_choice needs tools.")
         return None
-    forced = choice == "required" or isinstance(choice, dict)
-    if forced and not model.grammars:
-        raise unsupported("tool_choice")
-    specs = [_spec(tool, f"tools[{i}].function", forced) for i, tool in enumerate(fields.tools)]
+    specs = [_spec(tool, f"tools[{i}].function") for i, tool in enumerate(fields.tools)]
     names = frozenset(tool.function.name for tool in fields.tools)
     if len(names) < len(specs):
         raise invalid("tools", "tools: two functions have the same name.")
@@ -56,67 +60,61 @@ def tool_use(fields: ChatRequest, text: ModelText, model: ModelCard) -> ToolUse 
     if text.template is None or text.template.tool_format is None:
         raise invalid("tools", "This model's chat template knows no tools.", "unsupported_parameter")
     use = ToolUse(text.template.tool_format, specs, names, num_bytes, fields.parallel_tool_calls is not False)
-    return _forced(use, choice, text) if forced else use
+    return _held(use, fields.tools, choice, text.tokenizer, model, asked)
 
 
-def _forced(use: ToolUse, choice: Any, text: ModelText) -> ToolUse:
-    """The same for a model that must call a function, any or the one that is named."""
-    specs = use.specs
-    if isinstance(choice, dict):
-        function = choice.get("function")
-        name = function.get("name") if isinstance(function, dict) else None
-        if choice.get("type") != "function" or name not in use.names:
-            raise invalid("tool_choice", "tool_choice must name one of the tools.")
-        specs = [spec for spec in specs if spec["function"]["name"] == name]
-    source = call_grammar(use.form, [spec["function"] for spec in specs], use.parallel, text.tokenizer)
-    if len(source) > MAX_GRAMMAR_CHARS:
-        raise invalid("tools", "tools: the functions' parameters are too large for tool_choice to be enforced.")
-    return replace(use, grammar=Grammar("grammar", source), is_named=isinstance(choice, dict))
-
-
-def call_grammar(form: ToolFormat, functions: list[dict[str, Any]], parallel: bool, tokenizer: Tokenizer) -> str:
-    """What a family's answer looks like that consists of calls of these functions, in llguidance's Lark."""
-    key = "parameters" if form.starts_bare else "arguments"
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": function["name"]}, key: function["parameters"]},
-            "required": ["name", key],
-            "additionalProperties": False,
-        }
-        for function in functions
+def _held(
+    use: ToolUse, tools: list[Tool], choice: Any, tokenizer: Tokenizer, model: ModelCard, asked: Grammar | None
+) -> ToolUse:
+    """The same with the grammar that makes the model call, if it must, or call as strict functions want it."""
+    is_named, is_forced = isinstance(choice, dict), choice == "required" or isinstance(choice, dict)
+    strict = next((i for i, tool in enumerate(tools) if tool.function.strict), None)
+    if not is_forced and strict is None and asked is None:
+        return use
+    if not model.grammars:
+        raise unsupported("tool_choice" if is_forced else f"tools[{strict}].function.strict")
+    if asked is not None and (is_forced or asked.kind != "json_schema"):
+        raise invalid("tools", "tools can go with a response_format only if the model may do without calling.")
+    functions = [
+        (tool.function.name, tool.function.parameters or _NO_PARAMETERS if is_forced or tool.function.strict else _ANY)
+        for tool in tools
+        if not is_named or tool.function.name == _named(choice, use.names)
     ]
-    # As templates write calls in a history: what the model has seen most.
-    spacing = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    schema = msgspec.json.encode({"anyOf": calls, "x-guidance": spacing}).decode()
-    special = tokenizer.token_id(form.begin) if tokenizer.has_special(form.begin) else None
-    begin = f"<[{special}]>" if special is not None else msgspec.json.encode(form.begin).decode()
-    one, between = "call", f"{form.separator} "
-    if form.end:
-        one, between = f'{begin} "\\n" call "\\n{form.end}"', "\\n"
-    start = f'{one} ("{between}" {one})*' if parallel else one
-    if form.may_list:
-        start = f'{begin} "[" {start} "]"'
-    return f"start: {start}\ncall: %json {schema}"
+    options: dict[str, Any] = {}
+    if asked is not None:
+        if use.form.starts_bare:  # a call of this family begins as its JSON does
+            raise invalid("tools", "tools cannot go with a response_format for this model, whose calls are plain JSON.")
+        options["or_json"] = asked.source
+    elif not is_forced:
+        options["or_text"] = True
+    source = call_grammar(use.form, functions, use.parallel and not is_named, tokenizer, **options)
+    if len(source) > MAX_GRAMMAR_CHARS:
+        raise invalid("tools", "tools: the functions' parameters are too large for calls to be held to them.")
+    return replace(use, grammar=Grammar("grammar", source), is_named=is_named, may_think="or_text" in options)
 
 
-def _spec(tool: Tool, param: str, forced: bool) -> dict[str, Any]:
+def _named(choice: dict[str, Any], names: frozenset[str]) -> str:
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    if choice.get("type") != "function" or not isinstance(name, str) or name not in names:
+        raise invalid("tool_choice", "tool_choice must name one of the tools.")
+    return name
+
+
+def _spec(tool: Tool, param: str) -> dict[str, Any]:
     function = tool.function
-    if function.strict and not forced:
-        raise unsupported(f"{param}.strict")
     if depth_of(function.parameters, MAX_DEPTH) > MAX_DEPTH:
         raise invalid(f"{param}.parameters", f"{param}.parameters is nested deeper than {MAX_DEPTH}.")
     spec: dict[str, Any] = {"name": function.name}
     if function.description is not None:
         spec["description"] = function.description
-    spec["parameters"] = function.parameters or {"type": "object", "properties": {}}
+    spec["parameters"] = function.parameters or _NO_PARAMETERS
     return {"type": "function", "function": spec}
 
 
-def message_parser(text: ModelText, prompt: list[int], use: ToolUse | None, is_held: bool) -> ParserFactory | None:
-    """What makes the parser of each answer; None if an answer's text is all content. is_held: to a grammar, which has
-    no place for thoughts."""
-    thinks = text.template is not None and text.template.thinks and not is_held
+def message_parser(text: ModelText, prompt: list[int], use: ToolUse | None, may_think: bool) -> ParserFactory | None:
+    """What makes the parser of each answer; None if an answer's text is all content. may_think: see ToolUse."""
+    thinks = text.template is not None and text.template.thinks and may_think
     if not thinks and use is None:
         return None
     tail = text.tokenizer.decode(prompt[-_NUM_TAIL_TOKENS:], skip_special_tokens=False) if thinks else ""

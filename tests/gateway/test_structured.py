@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from starlette.applications import Starlette
 
+from gateway.call_grammar import call_grammar
 from gateway.tool_parsers import HERMES, LLAMA, MISTRAL, CallStart, ToolCallParser, ToolFormat
-from gateway.tools import call_grammar
 from protocol.sampling import Grammar
 from tests import tiny_model
 from tests.gateway.test_openai_routes import CHAT, COMPLETIONS, HI, TOKENIZER, post
@@ -114,10 +114,10 @@ async def test_a_forced_call(client: httpx.AsyncClient, echo: EchoProcess, say: 
     assert answer["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
     assert answer["finish_reason"] == finish
     kind, source = echo.do("stats")["grammar"]
-    assert kind == "grammar" and '"f"' in source
+    assert kind == "grammar" and r'"name\": \"f\"' in source
     assert ("get_weather" in source) == (choice == "required")
     reply = await post(client, CHAT, 400, **body, **json_schema())
-    assert reply["error"]["param"] == "response_format"
+    assert reply["error"]["param"] == "tools"
     other = {"type": "function", "function": {"name": "nope"}}
     reply = await post(client, CHAT, 400, **{**body, "tool_choice": other})
     assert reply["error"]["param"] == "tool_choice"
@@ -144,16 +144,20 @@ FORMS = [
 @pytest.mark.parametrize("parallel", [True, False])
 def test_forms_of_calls(tokenizer: Any, form: ToolFormat, parts: list[str], between: str, parallel: bool) -> None:
     """What the grammar lets through is what the parser reads."""
-    functions = [{"name": "f", "parameters": SCHEMA}, {"name": "g", "parameters": {"type": "object"}}]
-    grammar = Grammar("grammar", call_grammar(form, functions, parallel, TOKENIZER))
+    nested = {"$defs": {"a": {"type": "integer"}}, **SCHEMA, "properties": {"a": {"$ref": "#/$defs/a"}}}
+    functions: list[tuple[str, dict[str, Any]]] = [("f", nested), ("g", {"type": "object"})]
+    sources = [
+        call_grammar(form, functions, parallel, TOKENIZER, **options)
+        for options in ({}, {"or_text": True}, {"or_json": json.dumps(SCHEMA)} if form is not LLAMA else {})
+    ]
 
     def answer(*calls: str) -> str:
         key = "parameters" if form is LLAMA else "arguments"
         body = between.join(parts[len(parts) // 2].replace(CALL, call) for call in calls)
         return "".join([*parts[: len(parts) // 2], body, *parts[len(parts) // 2 + 1 :]]).replace("KEY", key)
 
-    def accepts(text: str) -> bool:
-        matcher = new_matcher(tokenizer, grammar)
+    def accepts(text: str, source: str) -> bool:
+        matcher = new_matcher(tokenizer, Grammar("grammar", source))
         try:
             for token in [*TOKENIZER.encode(text, False), 2]:
                 matcher.accept(token)
@@ -162,11 +166,32 @@ def test_forms_of_calls(tokenizer: Any, form: ToolFormat, parts: list[str], betw
         return True
 
     other = CALL.replace('"f"', '"g"')
-    assert accepts(answer(CALL)) and accepts(answer(other))
-    assert accepts(answer(CALL, other)) is parallel
-    assert not accepts(answer(CALL.replace('"f"', '"h"')))
-    assert not accepts(answer(CALL.replace("5", '"x"')))
-    assert not accepts("text")
+    for source in sources:
+        assert accepts(answer(CALL), source) and accepts(answer(other), source)
+        # Behind a call there may be text again, and the parser drops the second call from it.
+        assert accepts(answer(CALL, other), source) is (parallel or (source == sources[1] and form is HERMES))
+        assert not accepts(answer(CALL.replace('"f"', '"h"')), source)
+        assert not accepts(answer(CALL.replace("5", '"x"')), source)
+    text = "Let me see, {}.\n"
+    assert [accepts(text, source) for source in sources] == [False, True, False]
+    assert [accepts(text + answer(CALL), source) for source in sources] == [False, True, False]
+    assert [accepts('{"a": 5}', source) for source in sources] == [False, form is not LLAMA, form is not LLAMA]
     parser = ToolCallParser(form, ["f", "g"])
     found = parser.add(answer(CALL, other)) + parser.finish()
     assert [call.name for call in found if isinstance(call, CallStart)] == ["f", "g"]
+
+
+@pytest.mark.parametrize("fields", [{}, json_schema()])
+async def test_strict_functions_that_the_model_may_call(
+    client: httpx.AsyncClient, echo: EchoProcess, say: Any, fields: dict[str, Any]
+) -> None:
+    say(TEMPLATE, '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>')
+    strict = {"type": "function", "function": {"name": "f", "strict": True, "parameters": SCHEMA}}
+    body = {"model": "lora0", "messages": HI, "tools": [TOOLS[0], strict], **fields}
+    [answer] = (await post(client, CHAT, **body))["choices"]
+    assert answer["finish_reason"] == "tool_calls"
+    kind, source = echo.do("stats")["grammar"]
+    assert kind == "grammar" and "integer" in source
+    assert ("answer:" in source) == bool(fields) and ("TEXT" in source) == (not fields)
+    reply = await post(client, CHAT, 400, **{**body, "response_format": None}, structured_outputs={"regex": "a"})
+    assert reply["error"]["param"] == "tools"

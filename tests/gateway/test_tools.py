@@ -171,7 +171,6 @@ BAD: list[tuple[dict[str, Any], str, str | None]] = [
     ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type", None),
     ({"tools": [{"type": "function"}]}, "tools[0]", None),
     ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools[0].function.name", None),
-    ({"tools": [function(strict=True)]}, "tools[0].function.strict", "unsupported_parameter"),
     ({"tools": [function(parameters=DEEP)]}, "tools[0].function.parameters", None),
     ({"tools": [function(description="x" * 65_536)]}, "tools", None),
     ({"tools": [TOOLS[0]] * 129}, "tools", None),
