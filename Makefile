@@ -19,7 +19,7 @@ DEMO := --adapter-root deploy/adapters \
 	--lora-paths lora0=deploy/adapters/lora0 lora1=deploy/adapters/lora1 lora2=deploy/adapters/lora2
 endif
 
-.PHONY: help install serve chat check lint test test-clients test-gpu bench bench-gpu build clean
+.PHONY: help install serve chat check lint test test-clients test-gpu bench bench-gpu bench-plots build clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,13 +51,21 @@ test-clients: $(VENV)/clients/.ready ## The clients that applications use, befor
 test-gpu: $(VENV)/.dev ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-bench: $(VENV)/.dev ## Measure on this machine; appends to tests/bench/results.csv
+bench: $(VENV)/.dev ## Measure what this machine can; appends to tests/bench/results.csv and draws the plots
 	$(BIN)/python -m tests.bench.bench_cpu_decode --csv tests/bench/results.csv
 	$(BIN)/python -m tests.bench.bench_gateway --csv tests/bench/results.csv
+	@if nvidia-smi >/dev/null 2>&1; then $(MAKE) bench-gpu; fi
+	$(MAKE) bench-plots
 
-bench-gpu: $(VENV)/.dev ## Measure decode steps and kernels on this machine's GPU
-	$(BIN)/python -m tests.bench.bench_step --csv tests/bench/results.csv $(ARGS)
+bench-gpu: $(VENV)/.dev ## Measure this machine's GPU: steps, prompts, kernels, and serving an 8B model's shape (22 GB in /tmp)
+	$(BIN)/python -m tests.bench.bench_step --breakdown --lora-off --csv tests/bench/results.csv
+	$(BIN)/python -m tests.bench.bench_prefill --csv tests/bench/results.csv
 	$(BIN)/python -m tests.bench.bench_kernels
+	$(BIN)/python -m tests.bench.bench_prefill_layer
+	$(BIN)/python -m tests.bench.serve_8b --csv tests/bench/results.csv $(ARGS)
+
+bench-plots: $(VENV)/.dev ## Draw tests/bench/plots from the CSV files
+	$(BIN)/python -m tests.bench.plots
 
 build: $(VENV)/.serve ## Build the wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .

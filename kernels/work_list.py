@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +28,21 @@ class AdapterRows:
     chunk_ids: Sequence[int]
 
 
-class WorkList:
-    """Which rows of a flat batch go through which adapter chunks, for the LoRA kernels. Addresses never change.
+class Segment(NamedTuple):
+    """A few rows of one adapter or of the base model."""
 
-    records  int32 [max_segments, record_size]. A segment is at most block_rows rows of one adapter or of the base
-             model. Its record: its rows (-1 behind the last), the place of its first row in the shrink buffer, its
-             number of chunks (0: base model), its adapter's slot, a filler, its chunk ids.
+    rows: Sequence[int]
+    first: int  # the place of its first row in the shrink buffer
+    slot: int
+    chunk_ids: Sequence[int]  # none: the base model
+
+
+class SegmentTable:
+    """Segments of at most block_rows rows of one adapter or of the base model. Addresses never change.
+
+    records  int32 [max_segments, record_size]. A segment's record: its rows (-1 behind the last), the place of its
+             first row in the shrink buffer, its number of chunks (0: base model), its adapter's slot, a filler, its
+             chunk ids.
     tasks    int32 [max_tasks, 4]: (segment, i, chunk id, a filler) for every chunk i of every adapter's segment.
     counts   int32 [4]: segments, how many of them have an adapter (these stand first), tasks, a filler.
     scales   float32 [max_segments, num_layers, num_modules]: each segment's own, so that a kernel need not read the
@@ -40,12 +50,7 @@ class WorkList:
     semaphores  int32, zero between kernels: one for each task and module.
     """
 
-    def __init__(self, slot_scales: Tensor, max_segments: int, max_chunks: int, block_rows: int = 8) -> None:
-        """Room for adapters of at most max_chunks chunks. m rows never make more than m segments.
-
-        slot_scales float32 [num_slots, num_layers, num_modules]: the caller's, by adapter slot, read by update.
-        """
-        assert slot_scales.dtype == torch.float32 and slot_scales.ndim == 3
+    def __init__(self, slot_scales: Tensor, max_segments: int, max_chunks: int, block_rows: int) -> None:
         assert block_rows >= 8 and block_rows & (block_rows - 1) == 0, "Triton's tiles are powers of two"
         self.max_segments, self.max_chunks, self.block_rows = max_segments, max_chunks, block_rows
         self._slot_scales = slot_scales
@@ -62,41 +67,103 @@ class WorkList:
         self.scales = torch.zeros(max_segments, *slot_scales.shape[1:], device=device)
         self.semaphores = torch.zeros(self.max_tasks * _MAX_MODULES_OF_A_SITE, dtype=torch.int32, device=device)
 
-    def update(self, num_rows: int, adapters: Sequence[AdapterRows]) -> None:
-        """Describe a step of num_rows rows; a row that no adapter names is the base model's. One copy to the device
-        and one gather there."""
+    def fill(self, segments: Sequence[Segment]) -> None:
+        """Hold these, those with an adapter first. One copy to the device and one gather there."""
+        assert len(segments) <= self.max_segments
         host = array("i", bytes(4 * self._end_of_tasks))
-        num_tasks = num_segments = first = 0
-        is_base = bytearray(b"\1") * num_rows
-        for adapter in adapters:
-            assert 0 < len(adapter.chunk_ids) <= self.max_chunks
-            for rows in self._blocks(adapter.rows):
-                self._append(host, rows, first, adapter.slot, adapter.chunk_ids)
-                for i, chunk_id in enumerate(adapter.chunk_ids):
-                    place = _NUM_COUNTS + _TASK_SIZE * num_tasks
-                    host[place : place + _TASK_SIZE] = array("i", (num_segments, i, chunk_id, 0))
-                    num_tasks += 1
-                for row in rows:
-                    assert is_base[row], "a row has one adapter"
-                    is_base[row] = False
-                num_segments += 1
-                first += len(rows)
-        num_lora_segments = num_segments
-        for rows in self._blocks([row for row in range(num_rows) if is_base[row]]):
-            self._append(host, rows, 0, 0, ())
-            num_segments += 1
-        assert num_segments <= self.max_segments
-        host[0:_NUM_COUNTS] = array("i", (num_segments, num_lora_segments, num_tasks, 0))
+        num_tasks = num_lora_segments = 0
+        for i, segment in enumerate(segments):
+            self._append(host, segment)
+            num_lora_segments += bool(segment.chunk_ids)
+            for j, chunk_id in enumerate(segment.chunk_ids):
+                place = _NUM_COUNTS + _TASK_SIZE * num_tasks
+                host[place : place + _TASK_SIZE] = array("i", (i, j, chunk_id, 0))
+                num_tasks += 1
+        host[0:_NUM_COUNTS] = array("i", (len(segments), num_lora_segments, num_tasks, 0))
         self._data[: len(host)].copy_(torch.frombuffer(host, dtype=torch.int32), non_blocking=True)
         torch.index_select(self._slot_scales, 0, self._slots, out=self.scales)
 
-    def _blocks(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
-        return (rows[start : start + self.block_rows] for start in range(0, len(rows), self.block_rows))
-
-    def _append(self, host: "array[int]", rows: Sequence[int], first: int, slot: int, chunk_ids: Sequence[int]) -> None:
-        record = [*rows, *(-1 for _ in range(self.block_rows - len(rows))), first, len(chunk_ids), slot, 0, *chunk_ids]
+    def _append(self, host: "array[int]", segment: Segment) -> None:
+        padding = (-1 for _ in range(self.block_rows - len(segment.rows)))
+        chunk_ids = segment.chunk_ids
+        record = [*segment.rows, *padding, segment.first, len(chunk_ids), segment.slot, 0, *chunk_ids]
         host.extend(record)
         host.extend(0 for _ in range(self.record_size - len(record)))
+
+
+class WorkList:
+    """Which rows of a flat batch go through which adapter chunks, for the LoRA kernels. Addresses never change.
+
+    A kernel walks over two tables in one launch: `long` for an adapter's many rows and for the base model's, whose
+    tiles suit tensor cores and bandwidth; `short` for the few rows of one adapter that a decode has, whose tiles are
+    not mostly padding. Without long segments, as in the graphs of decodes, everything is short.
+    """
+
+    def __init__(
+        self, slot_scales: Tensor, max_segments: int, max_chunks: int, block_rows: int = 8, long_rows: int = 0
+    ) -> None:
+        """Room for adapters of at most max_chunks chunks. m rows never make more than m short segments.
+
+        slot_scales float32 [num_slots, num_layers, num_modules]: the caller's, by adapter slot, read by update.
+        max_segments: short ones, were there no long ones. block_rows, long_rows: of a short and of a long segment.
+        """
+        assert slot_scales.dtype == torch.float32 and slot_scales.ndim == 3
+        self.max_chunks = max_chunks
+        self.short = SegmentTable(slot_scales, max_segments, max_chunks, block_rows)
+        self.long: SegmentTable | None = None
+        if long_rows:
+            # A long segment is more than half full, but for the base model's last.
+            max_long = 2 * max_segments * block_rows // long_rows + 1
+            self.long = SegmentTable(slot_scales, max_long, max_chunks, long_rows)
+
+    @property
+    def long_rows(self) -> int:
+        """Rows of a long segment; 0 where all are short."""
+        return self.long.block_rows if self.long else 0
+
+    @property
+    def tables(self) -> tuple[SegmentTable, SegmentTable]:
+        """Short and long, for kernels that are given both; the second is not read where long_rows is 0."""
+        return self.short, self.long or self.short
+
+    def update(self, num_rows: int, adapters: Sequence[AdapterRows]) -> None:
+        """Describe a step of num_rows rows; a row that no adapter names is the base model's."""
+        short: list[Segment] = []
+        long: list[Segment] = []
+        is_base = bytearray(b"\1") * num_rows
+        first = 0
+        for adapter in adapters:
+            assert 0 < len(adapter.chunk_ids) <= self.max_chunks
+            for row in adapter.rows:
+                assert is_base[row], "a row has one adapter"
+                is_base[row] = False
+            num_long = self._num_long(len(adapter.rows))
+            for rows in _blocks(adapter.rows[:num_long], self.long):
+                long.append(Segment(rows, first, adapter.slot, adapter.chunk_ids))
+                first += len(rows)
+            for rows in _blocks(adapter.rows[num_long:], self.short):
+                short.append(Segment(rows, first, adapter.slot, adapter.chunk_ids))
+                first += len(rows)
+        base = [row for row in range(num_rows) if is_base[row]]
+        # All of them in one kind of tile: kernels without adapters take that tile too, and agree to the bit.
+        segments = short if self.long is None else long
+        segments.extend(Segment(rows, 0, 0, ()) for rows in _blocks(base, self.long or self.short))
+        self.short.fill(short)
+        if self.long is not None:
+            self.long.fill(long)
+
+    def _num_long(self, num_rows: int) -> int:
+        """How many of an adapter's rows go into long segments: no more than half of the last may be padding."""
+        if self.long is None:
+            return 0
+        rest = num_rows % self.long.block_rows
+        return num_rows if 2 * rest > self.long.block_rows else num_rows - rest
+
+
+def _blocks(rows: Sequence[int], table: SegmentTable | None) -> Iterator[Sequence[int]]:
+    """rows, cut to the table's segments."""
+    size = table.block_rows if table else 1
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 @dataclass(frozen=True, slots=True)

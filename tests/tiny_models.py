@@ -79,7 +79,7 @@ def tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     # Small beside what the layers add, so that even a tied model does not just repeat its input.
     weights = {"model.embed_tokens.weight": normal(vocab, hidden) * 0.1}
     for layer in range(config["num_hidden_layers"]):
-        for name, shape in _layer_shapes(config).items():
+        for name, shape in layer_shapes(config).items():
             weights[f"model.layers.{layer}.{name}"] = normal(*shape) + (1.0 if "norm" in name else 0.0)
     weights["model.norm.weight"] = normal(hidden) + 1
     if not config["tie_word_embeddings"]:
@@ -87,7 +87,8 @@ def tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     return weights
 
 
-def _layer_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def layer_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of one layer, named within it, in the order of MODULES."""
     hidden, intermediate, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
     q, kv = heads * head_dim, config["num_key_value_heads"] * head_dim

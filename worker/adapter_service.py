@@ -191,14 +191,18 @@ class AdapterService:
         job = partial(self._loader.load, command.source, trusted=False)
         self._background.submit(job, partial(self._loaded, key))
 
-    def load_now(self, name: str, source: str, pinned: bool) -> Error | None:
-        """Loads an adapter of the operator's own list, before the worker serves."""
+    def read(self, source: str) -> "PackedAdapter":
+        """The content of an adapter of the operator's own list, on any thread. Raises AdapterError."""
+        return self._loader.load(source, trusted=True)
+
+    def load_now(self, name: str, source: str, pinned: bool, read: "Callable[[], PackedAdapter]") -> Error | None:
+        """Loads an adapter of the operator's own list, before the worker serves. read: what `read` gives or raises."""
         command = LoadAdapter(request_id=0, name=name, source=source, pinned=pinned)
         error = self._refuse(command)
         if error is not None:
             return error
         try:
-            packed = self._loader.load(source, trusted=True)
+            packed = read()
         except Exception as exception:
             return _as_error(exception)
         outcome = self._publish(command, packed)

@@ -5,6 +5,7 @@ import logging
 import os
 import queue
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,16 +27,16 @@ from worker.model_config import ModelConfig, ModelError
 from worker.model_files import fingerprint, read_tokenizer_files
 from worker.model_runner import ModelRunner
 from worker.model_source import ModelNotFound, default_cache_dir, resolve_model
-from worker.models.decoder import Decoder
 from worker.private_store import PrivateStore
 from worker.scheduler import Scheduler
 from worker.server import Server
 from worker.socket_file import EndpointError
-from worker.weights import load_model
+from worker.start_up import StartUp
+from worker.weights import LoadingModel
 
 log = logging.getLogger(__name__)
 
-NUM_LOAD_THREADS = 4  # for adapter commands, which may wait for a download
+NUM_LOAD_THREADS = 4  # for adapter commands, which may wait for a download, and for --lora-paths
 NUM_RELOAD_THREADS = 2  # for adapters that requests wait for
 
 MAX_GPU_CHUNKS = 16  # of one adapter on a GPU, rank 256, where --max-lora-rank does not say otherwise
@@ -49,10 +50,10 @@ class BootError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The base model, loaded, and the sizes planned around it."""
+    """The base model, on a GPU perhaps still on its way there, and the sizes planned around it."""
 
     directory: Path
-    decoder: Decoder
+    loading: LoadingModel
     config: ModelConfig
     target: Target
     plan: MemoryPlan
@@ -62,8 +63,13 @@ class Base:
 class Worker:
     """A worker process: the engine on the thread that calls `run`, the server and the loaders on their own."""
 
-    def __init__(self, config: WorkerConfig) -> None:
-        """Loads the model and the adapters of --lora-paths. Raises BootError."""
+    def __init__(self, config: WorkerConfig, start_s: float | None = None) -> None:
+        """Loads the model and the adapters of --lora-paths. Raises BootError.
+
+        start_s: time.monotonic() when the process began, if that was before.
+        """
+        start_up = StartUp(time.monotonic() if start_s is None else start_s)
+        start_up.done("imports")
         try:
             base = _load_base(config)
             self._store = PrivateStore(default_cache_dir())
@@ -81,15 +87,19 @@ class Worker:
             self._inbox,
             credits=config.max_queued_requests,
         )
-        self._engine = _make_engine(config, base, pool, adapters, self._inbox, outbox, self._server)
+        start_up.done("model")
         try:
+            self._engine = _make_engine(config, base, pool, adapters, self._inbox, outbox, self._server, start_up)
             _load_adapters(config, adapters)
+            start_up.done("adapters")
             self._server.post(outbox.take())  # the server learns of these adapters as of any later one
             self._server.start(self._engine.status)
-        except (BootError, EndpointError) as error:
+        except (BootError, EndpointError, ModelError) as error:
+            base.loading.close()
             self._server.stop()
             self._store.remove()
             raise BootError(str(error)) from None
+        log.info("start-up: %s", start_up)
         log.info("ready: %s on %s", ", ".join(base.card.names), config.listen_on)
 
     def run(self) -> None:
@@ -110,8 +120,15 @@ class Worker:
 def _load_base(config: WorkerConfig) -> Base:
     target = find_target(config)
     directory = resolve_model(config.model_path)
-    decoder, model_config = load_model(directory, target.dtype, target.device, _Progress(), target.ops)
-    plan = _plan(config, model_config, target)
+    loading = LoadingModel(directory, target.dtype, target.device, _Progress(), target.ops)
+    model_config = loading.config
+    try:
+        if not target.uses_triton:  # where there are kernels to compile, weights come beside that
+            loading.finish()
+        plan = _plan(config, model_config, target)
+    except BaseException:
+        loading.close()
+        raise
     card = ModelCard(
         names=list(config.served_model_name or [_default_name(config.model_path)]),
         digest=fingerprint(directory),
@@ -121,7 +138,7 @@ def _load_base(config: WorkerConfig) -> Base:
         eos_token_ids=list(model_config.eos_token_ids),
         lora_enabled=config.lora_enabled,
     )
-    return Base(directory, decoder, model_config, target, plan, card)
+    return Base(directory, loading, model_config, target, plan, card)
 
 
 def _plan(config: WorkerConfig, model: ModelConfig, target: Target) -> MemoryPlan:
@@ -188,6 +205,7 @@ def _make_engine(
     inbox: Inbox,
     outbox: Outbox,
     server: Server,
+    start_up: StartUp,
 ) -> Engine:
     blocks = BlockManager(base.plan.num_blocks, base.target.block_size)
     scheduler = Scheduler(
@@ -200,7 +218,7 @@ def _make_engine(
     )
     return Engine(
         base.card,
-        _make_runner(config, base, pool if config.lora_enabled else None),
+        _make_runner(config, base, pool if config.lora_enabled else None, start_up),
         scheduler,
         blocks,
         adapters,
@@ -211,8 +229,8 @@ def _make_engine(
     )
 
 
-def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None) -> Runner:
-    model, target = base.config, base.target
+def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None, start_up: StartUp) -> Runner:
+    model, target, decoder = base.config, base.target, base.loading.decoder
     kv_cache = KVCache(
         base.plan.num_blocks,
         target.block_size,
@@ -223,14 +241,21 @@ def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None) -> 
         target.device,
     )
     if not target.uses_triton:
-        return ModelRunner(base.decoder, model, kv_cache, pool)
+        return ModelRunner(decoder, model, kv_cache, pool)
     # Imported here, so that a CPU server never loads Triton.
+    from kernels.gpu import launch
     from worker.decode_graphs import DecodeGraphs
     from worker.triton_runner import TritonRunner
 
     max_chunks = _max_chunks(config, base)
+    with launch.compiling():
+        shallow = TritonRunner(decoder.shallow(), model, kv_cache, pool, max_chunks=max_chunks)
+        shallow.warm_up(config.chunked_prefill_size)
+    start_up.done("kernels")
+    base.loading.finish()
+    start_up.done("weights")
     graphs = DecodeGraphs(
-        base.decoder,
+        decoder,
         model,
         kv_cache,
         pool,
@@ -238,8 +263,10 @@ def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None) -> 
         max_chunks=max_chunks,
         max_model_len=base.plan.max_model_len,
     )
-    runner = TritonRunner(base.decoder, model, kv_cache, pool, max_chunks=max_chunks, graphs=graphs)
+    start_up.done("graphs")
+    runner = TritonRunner(decoder, model, kv_cache, pool, max_chunks=max_chunks, graphs=graphs)
     runner.warm_up(config.chunked_prefill_size)
+    start_up.done("prompts")
     return runner
 
 
@@ -252,12 +279,15 @@ def _max_chunks(config: WorkerConfig, base: Base) -> int:
 
 
 def _load_adapters(config: WorkerConfig, adapters: AdapterService) -> None:
-    """Loads the operator's own adapters, or says which cannot be."""
-    for spec in config.lora_paths:
-        error = adapters.load_now(spec.lora_name, spec.lora_path, spec.pinned)
-        if error is not None:
-            raise BootError(f"--lora-paths {spec.lora_name}={spec.lora_path}: {error.message}")
-        log.info("adapter %s loaded from %s", spec.lora_name, spec.lora_path)
+    """Loads the operator's own adapters, read several at once, or says which cannot be."""
+    with ThreadPoolExecutor(NUM_LOAD_THREADS) as executor:
+        contents = [executor.submit(adapters.read, spec.lora_path) for spec in config.lora_paths]
+        for spec, content in zip(config.lora_paths, contents, strict=True):
+            error = adapters.load_now(spec.lora_name, spec.lora_path, spec.pinned, content.result)
+            if error is not None:
+                executor.shutdown(wait=False, cancel_futures=True)
+                raise BootError(f"--lora-paths {spec.lora_name}={spec.lora_path}: {error.message}")
+            log.info("adapter %s loaded from %s", spec.lora_name, spec.lora_path)
 
 
 def _default_name(model_path: str) -> str:

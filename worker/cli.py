@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
 from worker.config import ConfigError, add_options, config_from
@@ -19,6 +20,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a worker until a signal ends it. Returns the exit code: 0 after a signal, 1 if it could not start."""
+    start_s = time.monotonic()
     parser = _Parser(prog="polylora-worker", description="Serves one model and its adapters.", allow_abbrev=False)
     add_options(parser)
     try:
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     from worker.boot import BootError, Worker  # torch takes seconds; a wrong option is told before
 
     try:
-        worker = Worker(config)
+        worker = Worker(config, start_s)
     except BootError as error:
         sys.stderr.write(f"polylora-worker: {error}\n")
         return 1

@@ -58,7 +58,8 @@ class Bucket:
         self.steps = [Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, None)]
         self.work: WorkList | None = None
         if pool is not None:
-            self.work = WorkList(pool.scales, num_rows, max_chunks, launch.block_rows(num_rows))
+            block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows)
+            self.work = WorkList(pool.scales, num_rows, max_chunks, block_rows, long_rows)
             self.work.update(num_rows, [])
             lora = Lora(pool.chunks, self.work, side if num_rows <= MAX_ROWS else None)
             self.steps.append(Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, lora))
@@ -120,6 +121,12 @@ class DecodeGraphs:
     @torch.inference_mode()
     def _capture_all(self) -> None:
         log.info("CUDA graphs: capturing %d sizes up to %d sequences", len(self.buckets), self.buckets[-1])
+        whole, self._model = self._model, self._model.shallow()
+        with launch.compiling():
+            for bucket in self._of.values():
+                for step in bucket.steps:
+                    self._run(bucket, step)
+        self._model = whole
         pool = torch.cuda.graph_pool_handle()
         for num_rows in reversed(self.buckets):  # the largest first: the smaller ones fit into its memory
             bucket = self._of[num_rows]

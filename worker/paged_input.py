@@ -106,8 +106,8 @@ def work_of(adapted: list[Adapted]) -> list[AdapterRows]:
 
 def work_list(adapted: list[Adapted], num_rows: int, pool: AdapterPool, max_chunks: int) -> WorkList:
     """A work list for one step alone."""
-    block_rows = launch.block_rows(num_rows)
-    work = WorkList(pool.scales, -(-num_rows // block_rows) + len(adapted) + 1, max_chunks, block_rows)
+    block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows)
+    work = WorkList(pool.scales, -(-num_rows // block_rows) + len(adapted) + 1, max_chunks, block_rows, long_rows)
     work.update(num_rows, work_of(adapted))
     return work
 

@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,35 +12,40 @@ from torch import Tensor
 from worker.layers.ops import TORCH, Ops
 from worker.model_config import ModelConfig, ModelError
 from worker.models.decoder import Decoder
+from worker.weight_copier import WeightCopier
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class TensorFile(Protocol):
-    """An open safetensors file."""
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor stands."""
 
-    def keys(self) -> list[str]: ...
-    def get_tensor(self, name: str) -> Tensor: ...
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors calls it
 
 
 class WeightReader:
-    """Hands out the tensors of a checkpoint by name, converted and copied: nothing keeps a file mapped."""
+    """Hands out the tensors of a checkpoint by name, converted and copied: nothing keeps a file mapped.
+
+    They are filled in the background; `finish` waits for that.
+    """
 
     def __init__(self, model_dir: Path, dtype: torch.dtype, device: torch.device, progress: Progress) -> None:
         self.dtype = dtype
         self.device = device
-        self._files = _open_files(model_dir, device)
-        self._file_of = _file_of_tensors(model_dir, self._files)
+        self._stored, self._num_total = _find_tensors(model_dir)
         self._taken: set[str] = set()
         self._progress = progress
         self._num_read = 0
-        self._num_total = sum(
-            path.stat().st_size for path in model_dir.glob("*.safetensors") if path.name in self._files
-        )
+        self._copier = WeightCopier(device)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._stored
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The tensor of this name, which must have this shape. Raises ModelError naming it."""
@@ -52,34 +57,46 @@ class WeightReader:
         merged = torch.empty(num_rows, *row_shape, dtype=self.dtype, device=self.device)
         start = 0
         for name, rows in names_and_rows:
-            merged[start : start + rows].copy_(self._read(name, (rows, *row_shape)))
+            stored = self._checked(name, (rows, *row_shape))
+            self._copier.copy(stored.path, stored.offset, DTYPES[stored.dtype], merged[start : start + rows])
             start += rows
         return merged
 
     def check_all_taken(self) -> None:
         """Raises ModelError if the checkpoint holds a tensor that the model did not ask for."""
         # Old Llama checkpoints store the rotary frequencies, which the config determines.
-        rest = sorted(n for n in self._file_of.keys() - self._taken if not n.endswith(".rotary_emb.inv_freq"))
+        rest = sorted(n for n in self._stored.keys() - self._taken if not n.endswith(".rotary_emb.inv_freq"))
         if rest:
             raise ModelError(f"the checkpoint holds {len(rest)} unexpected tensors, the first is {rest[0]}")
+
+    def finish(self) -> None:
+        """Waits until all that was handed out is filled. Raises ModelError if a file cannot be read."""
+        try:
+            for num_bytes in self._copier.finish():
+                self._num_read += num_bytes
+                self._progress(min(self._num_read, self._num_total), self._num_total)
+        except OSError as error:
+            raise ModelError(f"reading the weights failed: {error}") from None
         self._progress(self._num_total, self._num_total)
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in self._file_of:
+    def close(self) -> None:
+        """Ends what is still under way."""
+        self._copier.close()
+
+    def _checked(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        if name not in self._stored:
             raise ModelError(f"the checkpoint lacks the tensor {name}")
-        tensor = self._file_of[name].get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise ModelError(f"{name} has shape {list(tensor.shape)} where config.json asks for {list(shape)}")
-        if not tensor.is_floating_point():
-            raise ModelError(f"{name} is of type {tensor.dtype}, which is not supported")
+        stored = self._stored[name]
+        if stored.shape != shape:
+            raise ModelError(f"{name} has shape {list(stored.shape)} where config.json asks for {list(shape)}")
+        if stored.dtype not in DTYPES:
+            raise ModelError(f"{name} is of type {stored.dtype}, which is not supported")
         self._taken.add(name)
-        self._num_read += tensor.nbytes
-        self._progress(min(self._num_read, self._num_total), self._num_total)
-        return tensor
+        return stored
 
 
-def _open_files(model_dir: Path, device: torch.device) -> dict[str, TensorFile]:
-    """The checkpoint's files by name, opened for the device: those of the index, or else model.safetensors."""
+def _find_tensors(model_dir: Path) -> tuple[dict[str, StoredTensor], int]:
+    """The tensors by name, and the bytes of their files: those of the index, or else model.safetensors."""
     names = ["model.safetensors"]
     index = model_dir / INDEX
     if index.exists():
@@ -87,25 +104,69 @@ def _open_files(model_dir: Path, device: torch.device) -> dict[str, TensorFile]:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ModelError(f"{INDEX} is not a weight index") from None
-    files: dict[str, TensorFile] = {}
-    for name in names:
-        if Path(name).name != name or not (model_dir / name).is_file():
-            raise ModelError(f"the model directory has no file {name}")
-        try:
-            files[name] = safe_open(model_dir / name, framework="pt", device=str(device))
-        except SafetensorError as error:
-            raise ModelError(f"{name} is not a valid safetensors file: {error}") from None
-    return files
-
-
-def _file_of_tensors(model_dir: Path, files: dict[str, TensorFile]) -> dict[str, TensorFile]:
-    file_of: dict[str, TensorFile] = {}
-    for file_name, file in files.items():
-        for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-            if name in file_of:
+    stored: dict[str, StoredTensor] = {}
+    for file_name in names:
+        path = model_dir / file_name
+        if Path(file_name).name != file_name or not path.is_file():
+            raise ModelError(f"the model directory has no file {file_name}")
+        for name, tensor in _tensors_of(path).items():
+            if name in stored:
                 raise ModelError(f"{name} stands in two files, {file_name} is one")
-            file_of[name] = file
-    return file_of
+            stored[name] = tensor
+    return stored, sum((model_dir / name).stat().st_size for name in names)
+
+
+def _tensors_of(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file, whose header safetensors has found sound: its offsets lie in the file and fit."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ModelError(f"{path.name} is not a valid safetensors file: {error}") from None
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(path, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+        for name, entry in header.items()
+    }
+
+
+class LoadingModel:
+    """A model whose weights are on their way: its tensors exist, and hold what they should after `finish`."""
+
+    def __init__(
+        self, model_dir: Path, dtype: torch.dtype, device: torch.device, progress: Progress, ops: Ops = TORCH
+    ) -> None:
+        """Raises ModelError naming the key or tensor that does not fit."""
+        self.config = ModelConfig.read(model_dir)
+        self._reader = WeightReader(model_dir, dtype, device, progress)
+        try:
+            self.decoder = Decoder(self.config, self._reader, ops)
+            self._tied = self._tied_lm_head()
+            self._reader.check_all_taken()
+        except BaseException:
+            self._reader.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the loading, done or not."""
+        self._reader.close()
+
+    def finish(self) -> None:
+        """Waits for the weights. Raises ModelError."""
+        self._reader.finish()
+        self.close()
+        if self._tied is not None and not torch.equal(self._tied, self.decoder.embed_tokens):
+            raise ModelError("tie_word_embeddings is true but lm_head.weight differs from model.embed_tokens.weight")
+        self._tied = None
+
+    def _tied_lm_head(self) -> Tensor | None:
+        """Tied checkpoints mostly leave lm_head out; one that has it must mean what it says."""
+        if not self.config.tie_word_embeddings or "lm_head.weight" not in self._reader:
+            return None
+        return self._reader.take("lm_head.weight", self.config.vocab_size, self.config.hidden_size)
 
 
 def load_model(
@@ -116,8 +177,9 @@ def load_model(
     ops: Ops = TORCH,
 ) -> tuple[Decoder, ModelConfig]:
     """The model of a directory with config.json and safetensors. Raises ModelError naming the key or tensor."""
-    config = ModelConfig.read(model_dir)
-    reader = WeightReader(model_dir, dtype, device, progress)
-    model = Decoder(config, reader, ops)
-    reader.check_all_taken()
-    return model, config
+    loading = LoadingModel(model_dir, dtype, device, progress, ops)
+    try:
+        loading.finish()
+    finally:
+        loading.close()
+    return loading.decoder, loading.config

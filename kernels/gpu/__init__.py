@@ -9,21 +9,26 @@ from torch import Tensor
 from kernels.gpu.argmax import argmax
 from kernels.gpu.attention_decode import attention_decode
 from kernels.gpu.attention_prefill import attention_prefill
+from kernels.gpu.few_rows_linear import gated_linear, linear
 from kernels.gpu.lora_expand import lora_expand
 from kernels.gpu.lora_shrink import lora_shrink
 from kernels.gpu.rms_norm import add_rms_norm, rms_norm
 from kernels.gpu.rotary_store_kv import rotary_store_kv
+from kernels.gpu.sample import sample
 from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.paged_plan import PagedPlan
 
 __all__ = [
     "add_rms_norm",
     "argmax",
+    "gated_linear",
+    "linear",
     "lora_expand",
     "lora_shrink",
     "paged_attention",
     "rms_norm",
     "rotary_store_kv",
+    "sample",
     "silu_and_mul",
 ]
 

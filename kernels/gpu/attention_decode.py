@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.gpu import launch
 from kernels.gpu.attention_tile import LOG2_E, LOWEST, attend_tile, load_tile, token_offsets
+from kernels.gpu.early import let_next_start, wait_for_kernel_before
 from kernels.paged_plan import PagedPlan
 
 
@@ -43,12 +44,14 @@ def _attention_decode(
     q, cache, out, block_tables, context_lens, partials, stats, semaphores, scale, q_stride, table_stride, block_stride,
     window, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
+    let_next_start(IS_EARLY)
+    wait_for_kernel_before(IS_EARLY)
     context_len = tl.load(context_lens + row)
     oldest = tl.maximum(context_len - window, 0) if HAS_WINDOW else 0
     first_tile = oldest // BLOCK_N
@@ -56,8 +59,7 @@ def _attention_decode(
     tiles_of_split = tl.maximum(tl.cdiv(num_tiles, NUM_SPLITS), 1)
     num_used = tl.maximum(tl.cdiv(num_tiles, tiles_of_split), 1)  # a short context takes fewer programs
     if split < num_used:
-        members = tl.arange(0, BLOCK_M)
-        dims = tl.arange(0, BLOCK_D)
+        members, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
         heads = kv_head * GROUP + members
         is_head, is_dim = members < GROUP, dims < HEAD_DIM
         mask = is_head[:, None] & is_dim[None, :]
@@ -113,7 +115,7 @@ def attention_decode(q: Tensor, cache: Tensor, out: Tensor, plan: PagedPlan, sca
     assert cache.stride()[1:] == (num_kv_heads * block_size * head_dim, block_size * head_dim, head_dim, 1)
     assert q.stride()[1:] == (head_dim, 1) and out.is_contiguous() and q.dtype == cache.dtype
     assert plan.block_tables.dtype == plan.context_lens.dtype == torch.int32 and plan.block_tables.stride(1) == 1
-    shape = launch.decode_shape(group_size, head_dim, q.element_size())
+    shape = launch.decode_shape(num_rows, group_size, head_dim, q.element_size())
     num_splits = launch.decode_splits(num_rows, num_kv_heads, q.device)
     size = num_rows * num_heads * num_splits if num_splits > 1 else 1
     launch.start(
@@ -121,7 +123,7 @@ def attention_decode(q: Tensor, cache: Tensor, out: Tensor, plan: PagedPlan, sca
         torch.empty(size * head_dim, dtype=torch.float32, device=q.device),
         torch.empty(size * 2, dtype=torch.float32, device=q.device), plan.semaphores, scale, q.stride(0),
         plan.block_tables.stride(0), cache.stride(0), plan.window or 0, num_warps=shape.num_warps,
-        num_stages=shape.num_stages, NUM_KV_HEADS=num_kv_heads, GROUP=group_size, HEAD_DIM=head_dim,
+        num_stages=shape.num_stages, early=True, NUM_KV_HEADS=num_kv_heads, GROUP=group_size, HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=launch.padded(head_dim),
         NUM_SPLITS=num_splits, SPLITS_PADDED=launch.padded(num_splits, 1), HAS_WINDOW=plan.window is not None,
     )  # fmt: skip

@@ -1,13 +1,32 @@
 """Launching: how every Triton kernel starts, and all block sizes, grids and splits. Chosen here, nowhere else."""
 
+import contextlib
 import functools
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
+from kernels.work_list import WorkList
+
+log = logging.getLogger(__name__)
+
 # Without a GPU the kernels run in Triton's interpreter: few programs there, so that persistent loops do loop.
 _SMS_OF_THE_INTERPRETER = 2
+# Griddepcontrol came with Hopper; Triton's interpreter does not know it.
+STARTS_EARLY = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+# Steps of more rows leave less to gain: cuBLAS has tiles for them.
+FEW_ROWS = 64
+MANY_COLUMNS = 65536
+_NUM_SEMAPHORES = 4096
+_MAX_PARTS = 1 << 24  # numbers that a shrink's splits may leave in memory
+_MAX_COMPILER_THREADS = 16
+
+_compiles_only = False  # see compiling
 
 
 class Shape(NamedTuple):
@@ -27,6 +46,24 @@ class ShrinkShape(NamedTuple):
     num_stages: int
 
 
+class FewRowsShape(NamedTuple):
+    """Of few_rows_linear."""
+
+    block_n: int  # columns of the output
+    block_k: int  # inputs of a load
+    num_splits: int  # programs that share a tile of columns
+    num_stages: int
+
+
+class LongShape(NamedTuple):
+    """Of the expands' tiles of long segments."""
+
+    block: int  # columns of a tile
+    tiles: int  # of a work item, one behind the other
+    num_warps: int
+    max_registers: int | None = None  # of a thread: fewer let more programs run on an SM
+
+
 class AttentionShape(NamedTuple):
     """Of an attention kernel."""
 
@@ -36,6 +73,14 @@ class AttentionShape(NamedTuple):
     num_stages: int
 
 
+class SampleShape(NamedTuple):
+    """Of a program that draws a row's token."""
+
+    tile: int  # logits read at once
+    room: int  # for the logits at the top of a row
+    num_warps: int
+
+
 def start(
     kernel: Any,
     grid: tuple[int, ...],
@@ -43,13 +88,46 @@ def start(
     num_warps: int,
     num_stages: int = 2,
     fuse: bool = True,
+    early: bool = False,
+    max_registers: int | None = None,
     **constants: Any,
 ) -> None:
     """Launch a jit function on the current stream.
 
     fuse: a product and a sum may become one rounding; where two kernels must agree to the bit, they may not.
+    early: it has a constant IS_EARLY, and may start beside the end of the kernel before it: see early.py.
     """
-    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fuse, **constants)
+    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fuse, maxnreg=max_registers)
+    if early:
+        constants["IS_EARLY"] = STARTS_EARLY
+        if STARTS_EARLY:
+            options["launch_pdl"] = True
+    run = functools.partial(kernel.warmup, grid=grid) if _compiles_only else kernel[grid]
+    run(*args, **options, **constants)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """In this block launches run nothing: their kernels are compiled, all at once on threads, and are there at its end.
+
+    A kernel takes a third of a second of one core: 63 of them 20 s one after the other, 11 s on two busy cores. From
+    then on a kernel that is compiled on its way to a launch, which waits for it, is named in the log.
+    """
+    global _compiles_only
+    _compiles_only = True
+    try:
+        num_threads = min(_MAX_COMPILER_THREADS, os.cpu_count() or 1)
+        with ThreadPoolExecutor(num_threads) as executor, triton.AsyncCompileMode(executor):
+            yield
+    finally:
+        _compiles_only = False
+    triton.knobs.runtime.jit_post_compile_hook = _log_late_kernel
+
+
+def _log_late_kernel(*, fn: Any, is_manual_warmup: bool, **_: Any) -> None:
+    """Triton calls this when it has compiled a kernel."""
+    if not is_manual_warmup:
+        log.info("compiled late: %s", fn.name)
 
 
 @functools.cache
@@ -58,6 +136,12 @@ def num_sms(device: torch.device) -> int:
     if device.type != "cuda":
         return _SMS_OF_THE_INTERPRETER
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def semaphores(device: torch.device) -> torch.Tensor:
+    """int32, zero between kernels: for those that run one behind the other and leave them as they found them."""
+    return torch.zeros(_NUM_SEMAPHORES, dtype=torch.int32, device=device)
 
 
 def padded(size: int, least: int = 16) -> int:
@@ -76,11 +160,51 @@ def rms_norm_warps(size: int) -> int:
 
 
 def block_rows(num_rows: int) -> int:
-    """How many rows of one adapter a program of the LoRA kernels takes; WorkLists of so many rows are made with it.
+    """How many rows of one adapter a short segment of a step of num_rows rows has at most: see WorkList."""
+    return 8 if num_rows <= 64 else 16
 
-    The rotary kernel without adapters follows it, so that its rows see the same order of additions in both.
+
+def long_rows(num_rows: int) -> int:
+    """How many rows a long segment of a step of num_rows rows has; 0: there are none.
+
+    The rotary kernel without adapters follows these two, so that its rows see the same order of additions in both.
     """
-    return 8 if num_rows <= 64 else 16 if num_rows <= 256 else 32
+    return 0 if num_rows <= 256 else 64
+
+
+def num_items(work: WorkList, num_columns: int, block: int, long_block: int) -> int:
+    """The most work items of a kernel that walks over segments in pieces of so many columns."""
+    items = work.short.max_segments * -(-num_columns // block)
+    return items + (work.long.max_segments * -(-num_columns // long_block) if work.long else 0)
+
+
+def is_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether few_rows_linear takes x [num_rows, in_features] · weightᵀ [out_features, in_features].
+
+    Its tiles are made for types of 16 bits. With as many columns as a vocabulary has, cuBLAS is at the memory's limit.
+    """
+    return STARTS_EARLY and x.element_size() == 2 and x.shape[0] <= FEW_ROWS and weight.shape[0] < MANY_COLUMNS
+
+
+def few_rows_shape(
+    num_columns: int, in_features: int, num_rows: int, is_gated: bool, element_size: int, device: torch.device
+) -> FewRowsShape:
+    """About one program an SM or more, each with some 100 KB on their way.
+
+    Llama-3.1-8B's linears on an H200, us, cuBLAS | this: 16 rows qkv 15.8 | 14.9, o 13.6 | 11.4, gate_up 58.0 | 57.4,
+    down 31.2 | 30.6; 64 rows 16.3 | 17.9, 12.3 | 12.8, 64.3 | 59.4 (both with SiLU), 36.0 | 33.1.
+    """
+    if element_size > 2:
+        return FewRowsShape(32, 32, 1 if is_gated else 2, 2)
+    num_tiles = -(-num_columns // 64)
+    if is_gated:
+        return FewRowsShape(64, 64, 1, 4 if num_rows <= 32 else 3)
+    if num_tiles >= 2 * num_sms(device):
+        return FewRowsShape(128, 64, 1, 4 if num_rows <= 32 else 3)
+    num_splits = max(1, min(num_sms(device) // num_tiles, in_features // 512, 8))
+    if in_features >= 8192:
+        return FewRowsShape(64, 64, num_splits, 8)
+    return FewRowsShape(64, 128, num_splits, 4 if num_splits > 1 else 5)
 
 
 def silu_shape(num_columns: int) -> Shape:
@@ -97,21 +221,45 @@ def expand_shape(num_columns: int, rows: int) -> Shape:
     return Shape(min(128 if rows <= 16 else 64, padded(num_columns)), 4)
 
 
+def long_silu_shape(num_columns: int, element_size: int) -> LongShape:
+    if element_size > 2:
+        return LongShape(min(32, padded(num_columns)), 4, 8)
+    return LongShape(min(64, padded(num_columns)), 4, 4, 168)
+
+
+def long_expand_shape(num_columns: int, element_size: int) -> LongShape:
+    return LongShape(min(64 if element_size <= 2 else 32, padded(num_columns)), 1, 4)
+
+
+def long_rotary_registers(element_size: int) -> int | None:
+    """Two programs of 8 warps an SM."""
+    return 128 if element_size <= 2 else None
+
+
 def rotary_warps(rows: int) -> int:
     """64 adapters at 64 rows: 11.3 us with 4 warps, 9.1 with 2."""
-    return 2 if rows <= 8 else 4
+    return 2 if rows <= 8 else 4 if rows <= 32 else 8
 
 
-def shrink_shape(in_features: int, num_modules: int, max_rows: int, rows: int, device: torch.device) -> ShrinkShape:
-    """Decode: many work items of few loads each, for latency. Prefill: just enough items to fill the GPU."""
+def shrink_shape(in_features: int, num_sums: int) -> ShrinkShape:
+    """Of short segments: many work items of few loads each, for latency. num_sums: numbers in the shrink buffer."""
     num_loads = -(-in_features // 128)
-    if rows <= 16:
-        num_blocks = 4 if in_features <= 8192 else 8
-    else:
-        items = -(-max_rows // rows) * num_modules
-        num_splits = min(-(-num_loads // 8), max(1, 3 * num_sms(device) // items))
-        num_blocks = -(-num_loads // num_splits)
+    num_blocks = 4 if in_features <= 8192 else 8
+    while num_blocks < num_loads and -(-num_loads // num_blocks) * num_sums > _MAX_PARTS:
+        num_blocks *= 2
     return ShrinkShape(128, num_blocks, -(-num_loads // num_blocks), 4, 3)
+
+
+def long_shrink_shape(
+    in_features: int, max_rows: int, rows: int, element_size: int, device: torch.device
+) -> ShrinkShape:
+    """Of long segments: just enough work items to fill the GPU. Splits are powers of two: few kernels to compile."""
+    block_k = 64 if element_size <= 2 else 32
+    num_loads = -(-in_features // block_k)
+    most = min(num_sms(device) // -(-max_rows // rows), num_loads // 4)
+    num_splits = 1 << max(0, most.bit_length() - 1)
+    num_blocks = -(-num_loads // num_splits)
+    return ShrinkShape(block_k, num_blocks, -(-num_loads // num_blocks), 8, 4)
 
 
 def decode_splits(num_rows: int, num_kv_heads: int, device: torch.device) -> int:
@@ -122,7 +270,10 @@ def decode_splits(num_rows: int, num_kv_heads: int, device: torch.device) -> int
     return max(1, min(32, 4 * num_sms(device) // (num_rows * num_kv_heads)))
 
 
-def decode_shape(group_size: int, head_dim: int, element_size: int) -> AttentionShape:
+def decode_shape(num_rows: int, group_size: int, head_dim: int, element_size: int) -> AttentionShape:
+    """256 rows, context 512: tiles of 64 keys and 4 warps 134 us, of 32 and 2 127, of which 122 is the bytes' share."""
+    if num_rows > 64 and element_size <= 2:
+        return AttentionShape(padded(group_size), 32, 2, 3)
     return AttentionShape(padded(group_size), 64 if head_dim * element_size <= 256 else 32, 4, 3)
 
 
@@ -145,3 +296,8 @@ def argmax_blocks(num_rows: int, vocab_size: int, device: torch.device) -> tuple
     num_loads = -(-vocab_size // block)
     per_row = max(1, min(num_loads, 16 * num_sms(device) // num_rows))
     return -(-num_loads // per_row) * block, block
+
+
+def sample_shape(vocab_size: int) -> SampleShape:
+    """One program reads all of a row, by itself: as many loads at once as its registers hold."""
+    return SampleShape(min(4096, padded(vocab_size)), min(8192, padded(vocab_size)), 8)

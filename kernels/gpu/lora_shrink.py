@@ -7,64 +7,140 @@ from torch import Tensor
 
 from kernels import work_list
 from kernels.gpu import launch
-from kernels.gpu.lora_tile import s_rows
+from kernels.gpu.early import let_next_start, wait_for_kernel_before
+from kernels.gpu.lora_tile import first_behind, s_rows
 from kernels.segments import LoraSite
 from kernels.work_list import WorkList
 
 _NUM_TASKS = tl.constexpr(work_list.NUM_TASKS)
 
 
+@triton.jit
+def _store_part(
+    total, s, partials, place, mask, split, semaphore, plane_size, NUM_SPLITS: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """One split's part of s. The last to arrive adds all parts, always in the same order, reading AT_ONCE of them."""
+    if NUM_SPLITS == 1:
+        tl.store(s + place, total, mask=mask)
+    else:
+        tl.store(partials + split * plane_size + place, total, mask=mask)
+        tl.debug_barrier()
+        if tl.atomic_add(semaphore, 1, sem="acq_rel") == NUM_SPLITS - 1:
+            total = tl.zeros_like(total)
+            for first in tl.range(0, NUM_SPLITS, AT_ONCE):
+                for i in tl.static_range(AT_ONCE):
+                    part = partials + (first + i) * plane_size + place
+                    total += tl.load(part, mask=mask & (first + i < NUM_SPLITS), other=0.0, cache_modifier=".cg")
+            tl.store(s + place, total, mask=mask)
+            tl.store(semaphore, 0)
+
+
+@triton.jit
+def _shrink_module(
+    x, chunks, s, partials, records, tasks, scales, semaphores, task, module, split, x_stride, chunk_stride, a_offset,
+    scales_stride, scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr,
+    RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, NUM_SPLITS: tl.constexpr, IS_EARLY: tl.constexpr,
+):  # fmt: skip
+    """A short segment through one module of a chunk: [RANK, BLOCK_ROWS]. Small and many, for latency."""
+    ranks = tl.arange(0, RANK)
+    segment = tl.load(tasks + 4 * task)
+    i = tl.load(tasks + 4 * task + 1)
+    chunk = tl.load(tasks + 4 * task + 2).to(tl.int64)
+    record = records + segment * RECORD
+    rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
+    WIDTH: tl.constexpr = NUM_MODULES * RANK
+    place = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)[None, :] + i * WIDTH + module * RANK + ranks[:, None]
+    scale = tl.load(scales + segment * scales_stride + scale_index + module)
+    wait_for_kernel_before(IS_EARLY)
+    if scale != 0.0:
+        is_row = rows >= 0
+        columns = split * (NUM_BLOCKS * BLOCK_K) + tl.arange(0, BLOCK_K)
+        a_module = chunks + chunk * chunk_stride + a_offset + module * RANK * K
+        a_tile = a_module + ranks[:, None] * K + columns[None, :]
+        x_tile = x + rows.to(tl.int64)[None, :] * x_stride + columns[:, None]
+        total = tl.zeros((RANK, BLOCK_ROWS), tl.float32)
+        for block in tl.range(NUM_BLOCKS):
+            if K % (NUM_BLOCKS * BLOCK_K) == 0:
+                a = tl.load(a_tile + block * BLOCK_K)
+                values = tl.load(x_tile + block * BLOCK_K, mask=is_row[None, :], other=0.0)
+            else:
+                is_column = columns + block * BLOCK_K < K
+                a = tl.load(a_tile + block * BLOCK_K, mask=is_column[None, :], other=0.0)
+                values = tl.load(x_tile + block * BLOCK_K, mask=is_row[None, :] & is_column[:, None], other=0.0)
+            total = tl.dot(a, values, total, input_precision="tf32x3")
+        mask = is_row[None, :] & (ranks[:, None] >= 0)
+        semaphore = semaphores + task * NUM_MODULES + module
+        _store_part(total, s, partials, place, mask, split, semaphore, plane_size, NUM_SPLITS, NUM_SPLITS)
+
+
+@triton.jit
+def _shrink_all_modules(
+    x, chunks, s, partials, records, tasks, scales, semaphores, task, split, x_stride, chunk_stride, a_offset,
+    scales_stride, scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr,
+    RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, NUM_SPLITS: tl.constexpr, PADDED: tl.constexpr, IS_EARLY: tl.constexpr,
+):  # fmt: skip
+    """A long segment through all modules of a chunk: [BLOCK_ROWS, PADDED ranks]. x is read once."""
+    WIDTH: tl.constexpr = NUM_MODULES * RANK
+    ranks = tl.arange(0, PADDED)
+    segment = tl.load(tasks + 4 * task)
+    i = tl.load(tasks + 4 * task + 1)
+    chunk = tl.load(tasks + 4 * task + 2).to(tl.int64)
+    record = records + segment * RECORD
+    rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
+    of_ranks = scales + segment * scales_stride + scale_index + ranks // RANK
+    is_live = tl.load(of_ranks, mask=ranks < WIDTH, other=0.0) != 0.0
+    wait_for_kernel_before(IS_EARLY)
+    if tl.max(is_live.to(tl.int32), 0) > 0:
+        is_row = rows >= 0
+        columns = split * (NUM_BLOCKS * BLOCK_K) + tl.arange(0, BLOCK_K)
+        a_tile = chunks + chunk * chunk_stride + a_offset + ranks[None, :] * K + columns[:, None]
+        x_tile = x + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
+        total = tl.zeros((BLOCK_ROWS, PADDED), tl.float32)
+        for block in tl.range(NUM_BLOCKS):
+            if K % (NUM_BLOCKS * BLOCK_K) == 0:
+                a = tl.load(a_tile + block * BLOCK_K, mask=is_live[None, :], other=0.0)
+                values = tl.load(x_tile + block * BLOCK_K, mask=is_row[:, None], other=0.0)
+            else:
+                is_column = columns + block * BLOCK_K < K
+                a = tl.load(a_tile + block * BLOCK_K, mask=is_live[None, :] & is_column[:, None], other=0.0)
+                values = tl.load(x_tile + block * BLOCK_K, mask=is_row[:, None] & is_column[None, :], other=0.0)
+            total = tl.dot(values, a, total, input_precision="tf32x3")
+        place = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)[:, None] + i * WIDTH + ranks[None, :]
+        mask = is_row[:, None] & is_live[None, :]
+        _store_part(total, s, partials, place, mask, split, semaphores + task, plane_size, NUM_SPLITS, 256 // PADDED)
+
+
 @triton.jit(do_not_specialize=["scale_index"])
 def _lora_shrink(
-    x, chunks, s, partials, records, tasks, counts, scales, semaphores, x_stride, chunk_stride, a_offset, scales_stride,
-    scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr,
-    RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, NUM_BLOCKS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    x, chunks, s, partials, records, tasks, counts, scales, semaphores, long_records, long_tasks, long_counts,
+    long_scales, long_semaphores, x_stride, chunk_stride, a_offset, scales_stride, scale_index, plane_size,
+    K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, NUM_BLOCKS: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    LONG_RECORD: tl.constexpr, LONG_ROWS: tl.constexpr, LONG_K: tl.constexpr, LONG_BLOCKS: tl.constexpr,
+    LONG_SPLITS: tl.constexpr, PADDED: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = NUM_MODULES * RANK
-    ranks = tl.arange(0, RANK)
-    for item in tl.range(tl.program_id(0), tl.load(counts + _NUM_TASKS) * NUM_MODULES * NUM_SPLITS, tl.num_programs(0)):
-        split = item % NUM_SPLITS
-        module = item // NUM_SPLITS % NUM_MODULES
-        task = item // (NUM_SPLITS * NUM_MODULES)
-        segment = tl.load(tasks + 4 * task)
-        i = tl.load(tasks + 4 * task + 1)
-        chunk = tl.load(tasks + 4 * task + 2).to(tl.int64)
-        record = records + segment * RECORD
-        rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
-        place = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)[None, :] + i * WIDTH + module * RANK + ranks[:, None]
-        if tl.load(scales + segment * scales_stride + scale_index + module) != 0.0:
-            is_row = rows >= 0
-            columns = split * (NUM_BLOCKS * BLOCK_K) + tl.arange(0, BLOCK_K)
-            a_module = chunks + chunk * chunk_stride + a_offset + module * RANK * K
-            a_tile = a_module + ranks[:, None] * K + columns[None, :]
-            x_tile = x + rows.to(tl.int64)[None, :] * x_stride + columns[:, None]
-            total = tl.zeros((RANK, BLOCK_ROWS), tl.float32)
-            for block in tl.range(NUM_BLOCKS):
-                if K % (NUM_BLOCKS * BLOCK_K) == 0:
-                    a = tl.load(a_tile + block * BLOCK_K)
-                    values = tl.load(x_tile + block * BLOCK_K, mask=is_row[None, :], other=0.0)
-                else:
-                    is_column = columns + block * BLOCK_K < K
-                    a = tl.load(a_tile + block * BLOCK_K, mask=is_column[None, :], other=0.0)
-                    values = tl.load(x_tile + block * BLOCK_K, mask=is_row[None, :] & is_column[:, None], other=0.0)
-                total = tl.dot(a, values, total, input_precision="tf32x3")
-            mask = is_row[None, :] & (ranks[:, None] >= 0)
-            if NUM_SPLITS == 1:
-                tl.store(s + place, total, mask=mask)
-            else:
-                tl.store(partials + split * plane_size + place, total, mask=mask)
-                tl.debug_barrier()
-                semaphore = semaphores + task * NUM_MODULES + module
-                if tl.atomic_add(semaphore, 1, sem="acq_rel") == NUM_SPLITS - 1:
-                    # The last to arrive adds all parts, always in the same order.
-                    total = tl.zeros((RANK, BLOCK_ROWS), tl.float32)
-                    for part in tl.static_range(NUM_SPLITS):
-                        total += tl.load(
-                            partials + part * plane_size + place, mask=mask, other=0.0, cache_modifier=".cg"
-                        )
-                    tl.store(s + place, total, mask=mask)
-                    tl.store(semaphore, 0)
+    let_next_start(IS_EARLY)
+    num_long = 0
+    if LONG_ROWS > 0:
+        num_long = tl.load(long_counts + _NUM_TASKS) * LONG_SPLITS
+        for item in tl.range(tl.program_id(0), num_long, tl.num_programs(0)):
+            _shrink_all_modules(
+                x, chunks, s, partials, long_records, long_tasks, long_scales, long_semaphores, item // LONG_SPLITS,
+                item % LONG_SPLITS, x_stride, chunk_stride, a_offset, scales_stride, scale_index, plane_size, K,
+                NUM_MODULES, MAX_CHUNKS, RANK, LONG_RECORD, LONG_ROWS, LONG_K, LONG_BLOCKS, LONG_SPLITS, PADDED,
+                IS_EARLY,
+            )  # fmt: skip
+    num_short = tl.load(counts + _NUM_TASKS) * NUM_MODULES * NUM_SPLITS
+    for item in tl.range(first_behind(num_long), num_short, tl.num_programs(0)):
+        _shrink_module(
+            x, chunks, s, partials, records, tasks, scales, semaphores, item // (NUM_SPLITS * NUM_MODULES),
+            item // NUM_SPLITS % NUM_MODULES, item % NUM_SPLITS, x_stride, chunk_stride, a_offset, scales_stride,
+            scale_index, plane_size, K, NUM_MODULES, MAX_CHUNKS, RANK, RECORD, BLOCK_ROWS, BLOCK_K, NUM_BLOCKS,
+            NUM_SPLITS, IS_EARLY,
+        )  # fmt: skip
+    wait_for_kernel_before(IS_EARLY)
 
 
 def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, work: WorkList) -> Tensor:
@@ -78,19 +154,27 @@ def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, work: WorkList) -> Te
     assert in_features == site.in_features and x.stride(1) == 1 and x.dtype == chunks.dtype
     assert chunks.stride(1) == 1
     s = torch.empty(num_rows, work.max_chunks, num_modules * site.chunk_rank, dtype=torch.float32, device=x.device)
-    shape = launch.shrink_shape(in_features, num_modules, num_rows, work.block_rows, x.device)
-    partials = (
-        torch.empty(shape.num_splits, s.numel(), dtype=torch.float32, device=x.device) if shape.num_splits > 1 else s
-    )
-    layers_and_modules = work.scales.shape[2]
+    short, long = work.tables
+    shape = launch.shrink_shape(in_features, s.numel())
+    long_shape = shape
+    if work.long:
+        long_shape = launch.long_shrink_shape(in_features, num_rows, long.block_rows, x.element_size(), x.device)
+    num_items = short.max_tasks * num_modules * shape.num_splits
+    if work.long:
+        num_items += long.max_tasks * long_shape.num_splits
+    num_planes = max(shape.num_splits, long_shape.num_splits)
+    partials = torch.empty(num_planes, s.numel(), dtype=torch.float32, device=x.device) if num_planes > 1 else s
     launch.start(
-        _lora_shrink,
-        launch.persistent_grid(x.device, work.max_tasks * num_modules * shape.num_splits, 6),
-        x, chunks, s, partials, work.records, work.tasks, work.counts, work.scales, work.semaphores,
-        x.stride(0), chunks.stride(0), site.a_offset, work.scales.stride(0),
-        site.layer * layers_and_modules + site.first_module, s.numel(),
-        num_warps=shape.num_warps, num_stages=shape.num_stages, K=in_features, NUM_MODULES=num_modules,
-        MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=work.record_size, BLOCK_ROWS=work.block_rows,
+        _lora_shrink, launch.persistent_grid(x.device, num_items, 6),
+        x, chunks, s, partials, short.records, short.tasks, short.counts, short.scales, short.semaphores,
+        long.records, long.tasks, long.counts, long.scales, long.semaphores, x.stride(0), chunks.stride(0),
+        site.a_offset, short.scales.stride(0), site.layer * short.scales.shape[2] + site.first_module, s.numel(),
+        num_warps=long_shape.num_warps, num_stages=long_shape.num_stages, early=True,
+        K=in_features, NUM_MODULES=num_modules,
+        MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
         BLOCK_K=shape.block_k, NUM_BLOCKS=shape.num_blocks, NUM_SPLITS=shape.num_splits,
+        LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, LONG_K=long_shape.block_k,
+        LONG_BLOCKS=long_shape.num_blocks, LONG_SPLITS=long_shape.num_splits,
+        PADDED=launch.padded(num_modules * site.chunk_rank),
     )  # fmt: skip
     return s

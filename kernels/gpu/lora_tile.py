@@ -1,9 +1,11 @@
 """What the LoRA kernels share: reading a segment's record, and tiles of s and B. See WorkList for the record.
 
-Tiles stand with the columns of the output first and the rows of the batch second: few rows make few registers that way,
-since a tensor core takes 16 of its left operand and 8 of its right one. Nothing here branches on what it has loaded:
-loads that wait for a branch stand in a row instead of side by side, and these kernels cost little but such waits. What
-is absent is masked instead, and reads no bytes.
+A tile of a short segment stands with the columns of the output first and the rows of the batch second (AXIS 0 is that
+of the columns): few rows make few registers that way, since a tensor core takes 16 of its left operand and 8 of its
+right one. A tile of a long segment has the rows first (AXIS 1): a product's registers then hold neighbours in memory.
+
+Nothing here branches on what it has loaded: loads that wait for a branch stand in a row instead of side by side, and
+these kernels cost little but such waits. What is absent is masked instead, and reads no bytes.
 """
 
 import triton
@@ -55,6 +57,42 @@ def b_tile(
 
 
 @triton.jit
-def add_product(delta, b, s):
-    """delta + b · s, in float32 [number of columns, BLOCK_ROWS]."""
-    return tl.dot(b, s.to(b.dtype), delta, input_precision="tf32x3")
+def mask_of(is_column, is_row, AXIS: tl.constexpr):
+    """A tile's mask."""
+    return tl.expand_dims(is_row, AXIS) & tl.expand_dims(is_column, 1 - AXIS)
+
+
+@triton.jit
+def zeros(NUM_COLUMNS: tl.constexpr, NUM_ROWS: tl.constexpr, AXIS: tl.constexpr):
+    """An empty tile of float32."""
+    return tl.zeros((NUM_COLUMNS, NUM_ROWS) if AXIS == 0 else (NUM_ROWS, NUM_COLUMNS), tl.float32)
+
+
+@triton.jit
+def add_product(delta, b, s, AXIS: tl.constexpr):
+    """delta + the product of b_tile and s_tile, in float32."""
+    if AXIS == 0:
+        delta = tl.dot(b, s.to(b.dtype), delta, input_precision="tf32x3")
+    else:
+        delta = tl.dot(tl.trans(s.to(b.dtype)), tl.trans(b), delta, input_precision="tf32x3")
+    return delta
+
+
+@triton.jit
+def long_delta(
+    s, rows_of_s, module, record, n, chunks, chunk_stride, b_offset, columns, is_column, is_row, live,
+    WIDTH: tl.constexpr, RANK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """s · Bᵀ of a long segment, over its n chunks: float32 [BLOCK_ROWS, BLOCK]. Loads nothing ahead: see long tiles."""
+    delta = tl.zeros((BLOCK_ROWS, BLOCK), tl.float32)
+    for i in tl.range(n):
+        b = b_tile(record, i, chunks, chunk_stride, b_offset, columns, is_column, live, BLOCK_ROWS, RANK)
+        delta = add_product(delta, b, s_tile(s, rows_of_s, i, module, is_row, live, WIDTH, RANK), 1)
+    return delta
+
+
+@triton.jit
+def first_behind(num_items):
+    """The first item of a second list that a program takes, so that programs go on in turn behind a first list."""
+    programs = tl.num_programs(0)
+    return (tl.program_id(0) + programs - num_items % programs) % programs

@@ -6,17 +6,20 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu import launch
+from kernels.gpu.early import let_next_start, wait_for_kernel_before
 
 
 @triton.jit
 def _rms_norm(
     x, residual, weight, y, x_stride, heads_stride, residual_stride, eps, HEADS: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     mask = columns < SIZE
     w = tl.load(weight + columns, mask=mask, other=0.0)
+    let_next_start(IS_EARLY)
+    wait_for_kernel_before(IS_EARLY)
     place = (row // HEADS).to(tl.int64) * x_stride + (row % HEADS) * heads_stride
     values = tl.load(x + place + columns, mask=mask, other=0.0)
     wide = values.to(tl.float32)
@@ -51,6 +54,6 @@ def _start(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Te
     launch.start(
         _rms_norm, (x.shape[0] * heads,), x, residual, weight, y, x.stride(0), x.stride(1) if x.ndim == 3 else 0,
         residual.stride(0) if residual is not None else 0, eps, num_warps=launch.rms_norm_warps(size),
-        HEADS=heads, SIZE=size, BLOCK=launch.padded(size), HAS_RESIDUAL=residual is not None,
+        early=True, HEADS=heads, SIZE=size, BLOCK=launch.padded(size), HAS_RESIDUAL=residual is not None,
     )  # fmt: skip
     return y

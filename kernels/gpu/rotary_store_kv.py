@@ -1,12 +1,25 @@
 """Rotary positions of queries and keys, and the writing of KV; head norms and the qkv adapters' expand folded in."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels import work_list
 from kernels.gpu import launch
-from kernels.gpu.lora_tile import add_product, b_tile, live_ranks, num_chunks, s_rows, s_tile
+from kernels.gpu.early import let_next_start, wait_for_kernel_before
+from kernels.gpu.lora_tile import (
+    add_product,
+    b_tile,
+    first_behind,
+    live_ranks,
+    long_delta,
+    mask_of,
+    num_chunks,
+    s_rows,
+    s_tile,
+)
 from kernels.work_list import LoraDelta, WorkList
 
 _NUM_SEGMENTS = tl.constexpr(work_list.NUM_SEGMENTS)
@@ -15,12 +28,12 @@ _NUM_SEGMENTS = tl.constexpr(work_list.NUM_SEGMENTS)
 @triton.jit
 def _load_places(
     head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_ROTATED: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Cosines and sines [BLOCK_HALF, rows] of a rotated head, and the rows' slots."""
+    """Cosines and sines of a rotated head, a tile with the columns along AXIS, and the rows' slots."""
     columns = tl.arange(0, BLOCK_HALF)
-    mask = is_row[None, :] & (columns < tl.where(head < NUM_ROTATED, HALF, 0))[:, None]
-    angles = rows.to(tl.int64)[None, :] * cos_stride + columns[:, None]
+    mask = mask_of(columns < tl.where(head < NUM_ROTATED, HALF, 0), is_row, AXIS)
+    angles = tl.expand_dims(rows.to(tl.int64), AXIS) * cos_stride + tl.expand_dims(columns, 1 - AXIS)
     c = tl.load(cos + angles, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(signed_sin + HALF + angles, mask=mask, other=0.0).to(tl.float32)
     return c, s, tl.load(slot_mapping + rows, mask=is_row, other=-1)
@@ -30,12 +43,13 @@ def _load_places(
 def _finish_head(
     low, high, head, rows, is_row, c, s, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """Both halves of one head of some rows, float32: normed, rotated and written to where they belong."""
     HALF: tl.constexpr = HEAD_DIM // 2
     columns = tl.arange(0, BLOCK_HALF)
-    mask = is_row[None, :] & (columns < HALF)[:, None]
+    along_columns = tl.expand_dims(columns, 1 - AXIS)
+    mask = mask_of(columns < HALF, is_row, AXIS)
     if head < NUM_HEADS + NUM_KV_HEADS:
         if HAS_NORM:
             num_of_q = tl.where(head < NUM_HEADS, HALF, 0)
@@ -44,20 +58,21 @@ def _finish_head(
             weight_low += tl.load(k_norm + columns, mask=is_k, other=0.0)
             weight_high = tl.load(q_norm + HALF + columns, mask=is_q, other=0.0)
             weight_high += tl.load(k_norm + HALF + columns, mask=is_k, other=0.0)
-            rstd = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / HEAD_DIM + eps)
-            low = low * rstd[None, :] * weight_low.to(tl.float32)[:, None]
-            high = high * rstd[None, :] * weight_high.to(tl.float32)[:, None]
+            rstd = tl.rsqrt((tl.sum(low * low, AXIS) + tl.sum(high * high, AXIS)) / HEAD_DIM + eps)
+            rstd = tl.expand_dims(rstd, AXIS)
+            low = low * rstd * tl.expand_dims(weight_low.to(tl.float32), 1 - AXIS)
+            high = high * rstd * tl.expand_dims(weight_high.to(tl.float32), 1 - AXIS)
         rotated = low * c - high * s
         high = high * c + low * s
         low = rotated
     if head < NUM_HEADS:
-        place = qkv + rows.to(tl.int64)[None, :] * qkv_stride + head * HEAD_DIM + columns[:, None]
+        place = qkv + tl.expand_dims(rows.to(tl.int64), AXIS) * qkv_stride + head * HEAD_DIM + along_columns
         tl.store(place, low.to(qkv.dtype.element_ty), mask=mask)
         tl.store(place + HALF, high.to(qkv.dtype.element_ty), mask=mask)
     else:
-        stored = mask & (slots >= 0)[None, :]
+        stored = mask & tl.expand_dims(slots >= 0, AXIS)
         in_block = ((head - NUM_HEADS) * BLOCK_SIZE + slots % BLOCK_SIZE) * HEAD_DIM
-        place = cache + (slots // BLOCK_SIZE * block_stride + in_block)[None, :] + columns[:, None]
+        place = cache + tl.expand_dims(slots // BLOCK_SIZE * block_stride + in_block, AXIS) + along_columns
         tl.store(place, low.to(cache.dtype.element_ty), mask=stored)
         tl.store(place + HALF, high.to(cache.dtype.element_ty), mask=stored)
 
@@ -66,87 +81,157 @@ def _finish_head(
 def _rotary_store_kv(
     qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, num_rows, qkv_stride, cos_stride, block_stride, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, AXIS: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = rows < num_rows
     columns = tl.arange(0, BLOCK_HALF)
-    mask = is_row[None, :] & (columns < HALF)[:, None]
+    mask = mask_of(columns < HALF, is_row, AXIS)
     c, s, slots = _load_places(
-        head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_HEADS + NUM_KV_HEADS, HALF, BLOCK_HALF
+        head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_HEADS + NUM_KV_HEADS, HALF, BLOCK_HALF, AXIS
     )
-    place = qkv + rows.to(tl.int64)[None, :] * qkv_stride + head * HEAD_DIM + columns[:, None]
+    let_next_start(IS_EARLY)
+    wait_for_kernel_before(IS_EARLY)
+    place = qkv + tl.expand_dims(rows.to(tl.int64), AXIS) * qkv_stride + head * HEAD_DIM
+    place += tl.expand_dims(columns, 1 - AXIS)
     low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
     _finish_head(
         low, high, head, rows, is_row, c, s, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
-        NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
+        NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM, AXIS,
     )  # fmt: skip
+
+
+@triton.jit
+def _short_deltas(
+    b_low, b_high, a, s, rows_of_s, module, record, n, chunks, chunk_stride, b_offset, of_low, of_high, is_column,
+    is_row, live, RANK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """What the adapter adds to both halves of a head of a short segment; b_low, b_high, a: of its first chunk."""
+    delta_low = add_product(tl.zeros((BLOCK_HALF, BLOCK_ROWS), tl.float32), b_low, a, 0)
+    delta_high = add_product(tl.zeros((BLOCK_HALF, BLOCK_ROWS), tl.float32), b_high, a, 0)
+    for i in tl.range(1, n):
+        b_low = b_tile(record, i, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
+        b_high = b_tile(record, i, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
+        a = s_tile(s, rows_of_s, i, module, is_row, live, 3 * RANK, RANK)
+        delta_low = add_product(delta_low, b_low, a, 0)
+        delta_high = add_product(delta_high, b_high, a, 0)
+    return delta_low, delta_high
+
+
+@triton.jit
+def _long_deltas(
+    s, rows_of_s, module, record, n, chunks, chunk_stride, b_offset, of_low, of_high, is_column, is_row, live,
+    RANK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """The same of a long segment."""
+    delta_low = long_delta(
+        s, rows_of_s, module, record, n, chunks, chunk_stride, b_offset, of_low, is_column, is_row, live, 3 * RANK,
+        RANK, BLOCK_ROWS, BLOCK_HALF,
+    )  # fmt: skip
+    delta_high = long_delta(
+        s, rows_of_s, module, record, n, chunks, chunk_stride, b_offset, of_high, is_column, is_row, live, 3 * RANK,
+        RANK, BLOCK_ROWS, BLOCK_HALF,
+    )  # fmt: skip
+    return delta_low, delta_high
+
+
+@triton.jit
+def _lora_head(
+    head, segment, qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, s, chunks, records, scales, qkv_stride,
+    cos_stride, block_stride, chunk_stride, b_offset, scales_stride, scale_index, eps, NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HAS_NORM: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, AXIS: tl.constexpr, IS_EARLY: tl.constexpr,
+):  # fmt: skip
+    """One head of a segment."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    WIDTH: tl.constexpr = 3 * RANK
+    columns, record = tl.arange(0, BLOCK_HALF), records + segment * RECORD
+    is_column = columns < HALF
+    module = tl.where(head >= NUM_HEADS, 1, 0) + tl.where(head >= NUM_HEADS + NUM_KV_HEADS, 1, 0)
+    scale = tl.load(scales + segment * scales_stride + scale_index + module)
+    n = num_chunks(record, BLOCK_ROWS)
+    rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
+    rows_of_s = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)
+    is_row = rows >= 0
+    live = live_ranks(scale, n, RANK)
+    of_low, of_high = head * HEAD_DIM + columns, head * HEAD_DIM + HALF + columns
+    if AXIS == 0:  # loaded at once, for latency; long segments have other programs beside them
+        b_low = b_tile(record, 0, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
+        b_high = b_tile(record, 0, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
+    c, sin, slots = _load_places(
+        head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_HEADS + NUM_KV_HEADS, HALF, BLOCK_HALF, AXIS
+    )
+    wait_for_kernel_before(IS_EARLY)
+    if AXIS == 0:
+        a = s_tile(s, rows_of_s, 0, module, is_row, live, WIDTH, RANK)
+    place = qkv + tl.expand_dims(rows.to(tl.int64), AXIS) * qkv_stride + tl.expand_dims(of_low, 1 - AXIS)
+    is_wanted = mask_of(columns < tl.where(live > 0, HALF, 0), is_row, AXIS)
+    low = tl.load(place, mask=is_wanted, other=0.0).to(tl.float32)
+    high = tl.load(place + HALF, mask=is_wanted, other=0.0).to(tl.float32)
+    if live > 0:
+        if AXIS == 0:
+            delta_low, delta_high = _short_deltas(
+                b_low, b_high, a, s, rows_of_s, module, record, n, chunks, chunk_stride, b_offset, of_low, of_high,
+                is_column, is_row, live, RANK, BLOCK_ROWS, BLOCK_HALF,
+            )  # fmt: skip
+        else:
+            delta_low, delta_high = _long_deltas(
+                s, rows_of_s, module, record, n, chunks, chunk_stride, b_offset, of_low, of_high, is_column, is_row,
+                live, RANK, BLOCK_ROWS, BLOCK_HALF,
+            )  # fmt: skip
+        low += delta_low * scale
+        high += delta_high * scale
+        _finish_head(
+            low, high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
+            NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM, AXIS,
+        )  # fmt: skip
+    else:
+        # Loaded and finished on their own, so that rows without a delta see the very operations, in the very
+        # layout of registers, of _rotary_store_kv: the order in which a head's squares are added counts.
+        mask = mask_of(is_column, is_row, AXIS)
+        low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
+        _finish_head(
+            low, high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
+            NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM, AXIS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["scale_index"])
 def _rotary_store_kv_lora(
-    qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, s, chunks, records, counts, scales, qkv_stride,
-    cos_stride, block_stride, chunk_stride, b_offset, scales_stride, scale_index, eps, NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HAS_NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr,
-    RECORD: tl.constexpr,
+    qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, s, chunks, records, counts, scales, long_records,
+    long_counts, long_scales, qkv_stride, cos_stride, block_stride, chunk_stride, b_offset, scales_stride, scale_index,
+    eps, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HAS_NORM: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr,
+    RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, LONG_RECORD: tl.constexpr, LONG_ROWS: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):  # fmt: skip
-    HALF: tl.constexpr = HEAD_DIM // 2
-    WIDTH: tl.constexpr = 3 * RANK
     ALL_HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
-    columns = tl.arange(0, BLOCK_HALF)
-    is_column = columns < HALF
-    for item in tl.range(tl.program_id(0), tl.load(counts + _NUM_SEGMENTS) * ALL_HEADS, tl.num_programs(0)):
-        head = item % ALL_HEADS
-        segment = item // ALL_HEADS
-        record = records + segment * RECORD
-        module = (head >= NUM_HEADS).to(tl.int32) + (head >= NUM_HEADS + NUM_KV_HEADS).to(tl.int32)
-        scale = tl.load(scales + segment * scales_stride + scale_index + module)
-        n = num_chunks(record, BLOCK_ROWS)
-        rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
-        rows_of_s = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)
-        is_row = rows >= 0
-        mask = is_row[None, :] & is_column[:, None]
-        live = live_ranks(scale, n, RANK)
-        has_delta = live > 0
-        of_low, of_high = head * HEAD_DIM + columns, head * HEAD_DIM + HALF + columns
-        b_low = b_tile(record, 0, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
-        b_high = b_tile(record, 0, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
-        a = s_tile(s, rows_of_s, 0, module, is_row, live, WIDTH, RANK)
-        place = qkv + rows.to(tl.int64)[None, :] * qkv_stride + head * HEAD_DIM + columns[:, None]
-        is_wanted = is_row[None, :] & (columns < tl.where(has_delta, HALF, 0))[:, None]
-        low = tl.load(place, mask=is_wanted, other=0.0).to(tl.float32)
-        high = tl.load(place + HALF, mask=is_wanted, other=0.0).to(tl.float32)
-        c, sin, slots = _load_places(
-            head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_HEADS + NUM_KV_HEADS, HALF, BLOCK_HALF
-        )
-        if has_delta:
-            delta_low = add_product(tl.zeros((BLOCK_HALF, BLOCK_ROWS), tl.float32), b_low, a)
-            delta_high = add_product(tl.zeros((BLOCK_HALF, BLOCK_ROWS), tl.float32), b_high, a)
-            for i in tl.range(1, n):
-                b_low = b_tile(record, i, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
-                b_high = b_tile(record, i, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
-                a = s_tile(s, rows_of_s, i, module, is_row, live, WIDTH, RANK)
-                delta_low = add_product(delta_low, b_low, a)
-                delta_high = add_product(delta_high, b_high, a)
-            low += delta_low * scale
-            high += delta_high * scale
-            _finish_head(
-                low, high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
-                NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
+    let_next_start(IS_EARLY)
+    num_long = 0
+    if LONG_ROWS > 0:
+        num_long = tl.load(long_counts + _NUM_SEGMENTS) * ALL_HEADS
+        for item in tl.range(tl.program_id(0), num_long, tl.num_programs(0)):
+            _lora_head(
+                item % ALL_HEADS, item // ALL_HEADS, qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, s,
+                chunks, long_records, long_scales, qkv_stride, cos_stride, block_stride, chunk_stride, b_offset,
+                scales_stride, scale_index, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
+                MAX_CHUNKS, RANK, LONG_RECORD, LONG_ROWS, 1, IS_EARLY,
             )  # fmt: skip
-        else:
-            # Loaded and finished on their own, so that rows without a delta see the very operations, in the very
-            # layout of registers, of _rotary_store_kv: the order in which a head's squares are added counts.
-            low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-            high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
-            _finish_head(
-                low, high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
-                NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
-            )  # fmt: skip
+    num_short = tl.load(counts + _NUM_SEGMENTS) * ALL_HEADS
+    for item in tl.range(first_behind(num_long), num_short, tl.num_programs(0)):
+        _lora_head(
+            item % ALL_HEADS, item // ALL_HEADS, qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, s, chunks,
+            records, scales, qkv_stride, cos_stride, block_stride, chunk_stride, b_offset, scales_stride, scale_index,
+            eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM, MAX_CHUNKS, RANK, RECORD,
+            BLOCK_ROWS, 0, IS_EARLY,
+        )  # fmt: skip
+    wait_for_kernel_before(IS_EARLY)
 
 
 def rotary_store_kv(
@@ -173,7 +258,7 @@ def rotary_store_kv(
     assert cache.stride()[1:] == (num_kv_heads * block_size * head_dim, block_size * head_dim, head_dim, 1)
     assert cos.stride() == signed_sin.stride() and cos.stride(-1) == 1 and slot_mapping.is_contiguous()
     q_norm, k_norm = head_norms or (None, None)
-    constants = dict(
+    constants: dict[str, Any] = dict(
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         BLOCK_HALF=launch.padded(head_dim // 2), BLOCK_SIZE=block_size, HAS_NORM=head_norms is not None,
     )  # fmt: skip
@@ -181,18 +266,24 @@ def rotary_store_kv(
     strides = (qkv.stride(0), cos.stride(0), cache.stride(0))
     all_heads = num_heads + 2 * num_kv_heads
     if delta is None:
-        rows = launch.block_rows(num_rows)
+        long_rows = launch.long_rows(num_rows)
+        rows = long_rows or launch.block_rows(num_rows)
         launch.start(
             _rotary_store_kv, (all_heads, -(-num_rows // rows)), *tensors, num_rows, *strides, eps,
-            num_warps=launch.rotary_warps(rows), fuse=False, BLOCK_ROWS=rows, **constants,
+            num_warps=launch.rotary_warps(rows), early=True, fuse=False, BLOCK_ROWS=rows, AXIS=1 if long_rows else 0,
+            **constants,
         )  # fmt: skip
         return
     work, site = delta.segments, delta.site
     assert isinstance(work, WorkList) and sum(site.out_features) == row_size
+    short, long = work.tables
     launch.start(
-        _rotary_store_kv_lora, launch.persistent_grid(qkv.device, work.max_segments * all_heads, 12),
-        *tensors, delta.s, delta.chunks, work.records, work.counts, work.scales, *strides, delta.chunks.stride(0),
-        site.b_offset, work.scales.stride(0), site.layer * work.scales.shape[2] + site.first_module, eps,
-        num_warps=launch.rotary_warps(work.block_rows), num_stages=1, fuse=False, BLOCK_ROWS=work.block_rows,
-        MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=work.record_size, **constants,
+        _rotary_store_kv_lora, launch.persistent_grid(qkv.device, launch.num_items(work, all_heads, 1, 1), 12),
+        *tensors, delta.s, delta.chunks, short.records, short.counts, short.scales, long.records, long.counts,
+        long.scales, *strides, delta.chunks.stride(0), site.b_offset, short.scales.stride(0),
+        site.layer * short.scales.shape[2] + site.first_module, eps,
+        num_warps=launch.rotary_warps(work.long_rows or short.block_rows), num_stages=1, fuse=False,
+        max_registers=launch.long_rotary_registers(qkv.element_size()) if work.long else None,
+        MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
+        LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, early=True, **constants,
     )  # fmt: skip

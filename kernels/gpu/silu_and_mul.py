@@ -7,14 +7,17 @@ from torch import Tensor
 
 from kernels import work_list
 from kernels.gpu import launch
-from kernels.gpu.lora_tile import add_product, b_tile, live_ranks, num_chunks, s_rows, s_tile
+from kernels.gpu.early import let_next_start, wait_for_kernel_before
+from kernels.gpu.lora_tile import add_product, b_tile, first_behind, live_ranks, long_delta, num_chunks, s_rows, s_tile
 from kernels.work_list import LoraDelta, WorkList
 
 _NUM_SEGMENTS = tl.constexpr(work_list.NUM_SEGMENTS)
 
 
 @triton.jit
-def _silu_and_mul(gate_up, y, gate_up_stride, N: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_and_mul(gate_up, y, gate_up_stride, N: tl.constexpr, BLOCK: tl.constexpr, IS_EARLY: tl.constexpr):
+    let_next_start(IS_EARLY)
+    wait_for_kernel_before(IS_EARLY)
     row = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < N
@@ -23,48 +26,117 @@ def _silu_and_mul(gate_up, y, gate_up_stride, N: tl.constexpr, BLOCK: tl.constex
     tl.store(y + row * N + columns, (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _short_tile(
+    gate_up, y, s, chunks, records, scales, segment, tile, gate_up_stride, chunk_stride, b_offset, scales_stride,
+    scale_index, N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, IS_EARLY: tl.constexpr,
+):  # fmt: skip
+    """A tile of columns of a short segment: all loads at once, for latency."""
+    WIDTH: tl.constexpr = 2 * RANK
+    record = records + segment * RECORD
+    scale_of_gate = tl.load(scales + segment * scales_stride + scale_index)
+    scale_of_up = tl.load(scales + segment * scales_stride + scale_index + 1)
+    n = num_chunks(record, BLOCK_ROWS)
+    rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
+    rows_of_s = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)
+    columns = tile * BLOCK + tl.arange(0, BLOCK)
+    is_row, is_column = rows >= 0, columns < N
+    live0, live1 = live_ranks(scale_of_gate, n, RANK), live_ranks(scale_of_up, n, RANK)
+    b_of_up = b_offset + N * RANK
+    b0 = b_tile(record, 0, chunks, chunk_stride, b_offset, columns, is_column, live0, BLOCK_ROWS, RANK)
+    b1 = b_tile(record, 0, chunks, chunk_stride, b_of_up, columns, is_column, live1, BLOCK_ROWS, RANK)
+    wait_for_kernel_before(IS_EARLY)
+    a0 = s_tile(s, rows_of_s, 0, 0, is_row, live0, WIDTH, RANK)
+    a1 = s_tile(s, rows_of_s, 0, 1, is_row, live1, WIDTH, RANK)
+    mask = is_row[None, :] & is_column[:, None]
+    gate_tile = gate_up + rows.to(tl.int64)[None, :] * gate_up_stride + columns[:, None]
+    gate = tl.load(gate_tile, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_tile + N, mask=mask, other=0.0).to(tl.float32)
+    if n > 0:
+        delta_of_gate = add_product(tl.zeros((BLOCK, BLOCK_ROWS), tl.float32), b0, a0, 0)
+        delta_of_up = add_product(tl.zeros((BLOCK, BLOCK_ROWS), tl.float32), b1, a1, 0)
+        for i in tl.range(1, n):
+            b0 = b_tile(record, i, chunks, chunk_stride, b_offset, columns, is_column, live0, BLOCK_ROWS, RANK)
+            b1 = b_tile(record, i, chunks, chunk_stride, b_of_up, columns, is_column, live1, BLOCK_ROWS, RANK)
+            a0 = s_tile(s, rows_of_s, i, 0, is_row, live0, WIDTH, RANK)
+            a1 = s_tile(s, rows_of_s, i, 1, is_row, live1, WIDTH, RANK)
+            delta_of_gate = add_product(delta_of_gate, b0, a0, 0)
+            delta_of_up = add_product(delta_of_up, b1, a1, 0)
+        gate += delta_of_gate * scale_of_gate
+        up += delta_of_up * scale_of_up
+    y_tile = y + rows.to(tl.int64)[None, :] * N + columns[:, None]
+    tl.store(y_tile, (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _long_tiles(
+    gate_up, y, s, chunks, records, scales, segment, first_tile, gate_up_stride, chunk_stride, b_offset, scales_stride,
+    scale_index, N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, IS_EARLY: tl.constexpr,
+):  # fmt: skip
+    """Some tiles of columns, one behind the other, of a long segment: few registers, so that several programs fit."""
+    WIDTH: tl.constexpr = 2 * RANK
+    record = records + segment * RECORD
+    scale_of_gate = tl.load(scales + segment * scales_stride + scale_index)
+    scale_of_up = tl.load(scales + segment * scales_stride + scale_index + 1)
+    n = num_chunks(record, BLOCK_ROWS)
+    rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
+    rows_of_s = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)
+    is_row = rows >= 0
+    wide_rows = rows.to(tl.int64)[:, None]
+    wait_for_kernel_before(IS_EARLY)
+    live0, live1 = live_ranks(scale_of_gate, n, RANK), live_ranks(scale_of_up, n, RANK)
+    for tile in tl.range(first_tile, first_tile + TILES):
+        columns = tile * BLOCK + tl.arange(0, BLOCK)
+        is_column = columns < N
+        mask = is_row[:, None] & is_column[None, :]
+        gate_tile = gate_up + wide_rows * gate_up_stride + columns[None, :]
+        gate = tl.load(gate_tile, mask=mask, other=0.0)
+        up = tl.load(gate_tile + N, mask=mask, other=0.0)
+        y_tile = y + wide_rows * N + columns[None, :]
+        if n > 0:
+            wide = gate.to(tl.float32) + scale_of_gate * long_delta(
+                s, rows_of_s, 0, record, n, chunks, chunk_stride, b_offset, columns, is_column, is_row, live0, WIDTH,
+                RANK, BLOCK_ROWS, BLOCK,
+            )  # fmt: skip
+            silu = wide * tl.sigmoid(wide)
+            wide = up.to(tl.float32) + scale_of_up * long_delta(
+                s, rows_of_s, 1, record, n, chunks, chunk_stride, b_offset + N * RANK, columns, is_column, is_row,
+                live1, WIDTH, RANK, BLOCK_ROWS, BLOCK,
+            )  # fmt: skip
+            tl.store(y_tile, (silu * wide).to(y.dtype.element_ty), mask=mask)
+        else:
+            wide = gate.to(tl.float32)
+            tl.store(y_tile, (wide * tl.sigmoid(wide) * up.to(tl.float32)).to(y.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["scale_index"])
 def _silu_and_mul_lora(
-    gate_up, y, s, chunks, records, counts, scales, gate_up_stride, chunk_stride, b_offset, scales_stride, scale_index,
-    N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    gate_up, y, s, chunks, records, counts, scales, long_records, long_counts, long_scales, gate_up_stride,
+    chunk_stride, b_offset, scales_stride, scale_index, N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr,
+    RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, LONG_RECORD: tl.constexpr,
+    LONG_ROWS: tl.constexpr, LONG_BLOCK: tl.constexpr, LONG_TILES: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = 2 * RANK
+    let_next_start(IS_EARLY)
+    num_long = 0
+    if LONG_ROWS > 0:
+        PIECES: tl.constexpr = (N + LONG_BLOCK * LONG_TILES - 1) // (LONG_BLOCK * LONG_TILES)
+        num_long = tl.load(long_counts + _NUM_SEGMENTS) * PIECES
+        for item in tl.range(tl.program_id(0), num_long, tl.num_programs(0)):
+            _long_tiles(
+                gate_up, y, s, chunks, long_records, long_scales, item // PIECES, item % PIECES * LONG_TILES,
+                gate_up_stride, chunk_stride, b_offset, scales_stride, scale_index, N, MAX_CHUNKS, RANK, LONG_RECORD,
+                LONG_ROWS, LONG_BLOCK, LONG_TILES, IS_EARLY,
+            )  # fmt: skip
     NUM_TILES: tl.constexpr = (N + BLOCK - 1) // BLOCK
-    for item in tl.range(tl.program_id(0), tl.load(counts + _NUM_SEGMENTS) * NUM_TILES, tl.num_programs(0)):
-        segment = item // NUM_TILES
-        record = records + segment * RECORD
-        scale_of_gate = tl.load(scales + segment * scales_stride + scale_index)
-        scale_of_up = tl.load(scales + segment * scales_stride + scale_index + 1)
-        n = num_chunks(record, BLOCK_ROWS)
-        rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
-        rows_of_s = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)
-        columns = item % NUM_TILES * BLOCK + tl.arange(0, BLOCK)
-        is_row, is_column = rows >= 0, columns < N
-        live0, live1 = live_ranks(scale_of_gate, n, RANK), live_ranks(scale_of_up, n, RANK)
-        b_of_up = b_offset + N * RANK
-        b0 = b_tile(record, 0, chunks, chunk_stride, b_offset, columns, is_column, live0, BLOCK_ROWS, RANK)
-        b1 = b_tile(record, 0, chunks, chunk_stride, b_of_up, columns, is_column, live1, BLOCK_ROWS, RANK)
-        a0 = s_tile(s, rows_of_s, 0, 0, is_row, live0, WIDTH, RANK)
-        a1 = s_tile(s, rows_of_s, 0, 1, is_row, live1, WIDTH, RANK)
-        mask = is_row[None, :] & is_column[:, None]
-        gate_tile = gate_up + rows.to(tl.int64)[None, :] * gate_up_stride + columns[:, None]
-        gate = tl.load(gate_tile, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(gate_tile + N, mask=mask, other=0.0).to(tl.float32)
-        if n > 0:
-            delta_of_gate = add_product(tl.zeros((BLOCK, BLOCK_ROWS), tl.float32), b0, a0)
-            delta_of_up = add_product(tl.zeros((BLOCK, BLOCK_ROWS), tl.float32), b1, a1)
-            for i in tl.range(1, n):
-                b0 = b_tile(record, i, chunks, chunk_stride, b_offset, columns, is_column, live0, BLOCK_ROWS, RANK)
-                b1 = b_tile(record, i, chunks, chunk_stride, b_of_up, columns, is_column, live1, BLOCK_ROWS, RANK)
-                a0 = s_tile(s, rows_of_s, i, 0, is_row, live0, WIDTH, RANK)
-                a1 = s_tile(s, rows_of_s, i, 1, is_row, live1, WIDTH, RANK)
-                delta_of_gate = add_product(delta_of_gate, b0, a0)
-                delta_of_up = add_product(delta_of_up, b1, a1)
-            gate += delta_of_gate * scale_of_gate
-            up += delta_of_up * scale_of_up
-        y_tile = y + rows.to(tl.int64)[None, :] * N + columns[:, None]
-        tl.store(y_tile, (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty), mask=mask)
+    num_short = tl.load(counts + _NUM_SEGMENTS) * NUM_TILES
+    for item in tl.range(first_behind(num_long), num_short, tl.num_programs(0)):
+        _short_tile(
+            gate_up, y, s, chunks, records, scales, item // NUM_TILES, item % NUM_TILES, gate_up_stride, chunk_stride,
+            b_offset, scales_stride, scale_index, N, MAX_CHUNKS, RANK, RECORD, BLOCK_ROWS, BLOCK, IS_EARLY,
+        )  # fmt: skip
+    wait_for_kernel_before(IS_EARLY)
 
 
 def silu_and_mul(gate_up: Tensor, delta: LoraDelta | None = None) -> Tensor:
@@ -79,18 +151,24 @@ def silu_and_mul(gate_up: Tensor, delta: LoraDelta | None = None) -> Tensor:
         shape = launch.silu_shape(size)
         launch.start(
             _silu_and_mul, (-(-size // shape.block), num_rows), gate_up, y, gate_up.stride(0),
-            num_warps=shape.num_warps, N=size, BLOCK=shape.block,
+            num_warps=shape.num_warps, early=True, N=size, BLOCK=shape.block,
         )  # fmt: skip
         return y
     work, site = delta.segments, delta.site
     assert isinstance(work, WorkList) and site.out_features == (size, size)
-    shape = launch.silu_lora_shape(size, work.block_rows)
+    short, long = work.tables
+    shape = launch.silu_lora_shape(size, short.block_rows)
+    long_shape = launch.long_silu_shape(size, y.element_size())
+    num_items = launch.num_items(work, size, shape.block, long_shape.block * long_shape.tiles)
     launch.start(
-        _silu_and_mul_lora, launch.persistent_grid(y.device, work.max_segments * -(-size // shape.block), 8),
-        gate_up, y, delta.s, delta.chunks, work.records, work.counts, work.scales, gate_up.stride(0),
-        delta.chunks.stride(0), site.b_offset, work.scales.stride(0),
-        site.layer * work.scales.shape[2] + site.first_module,
-        num_warps=shape.num_warps, num_stages=1, N=size, MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank,
-        RECORD=work.record_size, BLOCK_ROWS=work.block_rows, BLOCK=shape.block,
+        _silu_and_mul_lora, launch.persistent_grid(y.device, num_items, 8),
+        gate_up, y, delta.s, delta.chunks, short.records, short.counts, short.scales, long.records, long.counts,
+        long.scales, gate_up.stride(0), delta.chunks.stride(0), site.b_offset, short.scales.stride(0),
+        site.layer * short.scales.shape[2] + site.first_module,
+        num_warps=long_shape.num_warps if work.long else shape.num_warps, num_stages=1,
+        max_registers=long_shape.max_registers if work.long else None, early=True, N=size,
+        MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
+        BLOCK=shape.block, LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, LONG_BLOCK=long_shape.block,
+        LONG_TILES=long_shape.tiles,
     )  # fmt: skip
     return y

@@ -25,6 +25,7 @@ from kernels.gpu.lora_expand import lora_expand
 from kernels.gpu.lora_shrink import lora_shrink
 from kernels.gpu.rms_norm import add_rms_norm
 from kernels.gpu.rotary_store_kv import rotary_store_kv
+from kernels.gpu.sample import sample
 from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.paged_plan import PagedPlan
 from kernels.segments import LoraSite
@@ -46,6 +47,9 @@ GROUPS = {
     "down": (INTERMEDIATE, (HIDDEN,)),
 }
 PREFILL = 1024  # tokens
+# Temperature, top_k, top_p; the last is so flat that all of a row must be cut.
+SAMPLINGS = [("greedy", 0.0, 0, 1.0), ("plain", 1.0, 0, 1.0), ("top_k", 1.0, 40, 1.0), ("top_p", 0.7, 0, 0.9)]
+SAMPLINGS += [("flat", 5.0, 0, 0.9)]
 MIXES = [(1, 1), (16, 1), (16, 8), (64, 1), (64, 8), (64, 64), (256, 1), (256, 8), (256, 64)]
 
 
@@ -62,7 +66,7 @@ class Row:
         return self.num_bytes / BYTES_PER_SECOND / (self.microseconds * 1e-6)
 
 
-def time_layers(run: Callable[[int], object]) -> float:
+def time_layers(run: Callable[[int], object], layers: int = LAYERS) -> float:
     """Microseconds of run(layer), the median over replays of a graph of all layers."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -71,7 +75,7 @@ def time_layers(run: Callable[[int], object]) -> float:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for layer in range(LAYERS):
+        for layer in range(layers):
             run(layer)
     times = []
     for i in range(12):
@@ -81,7 +85,7 @@ def time_layers(run: Callable[[int], object]) -> float:
         end.record()
         torch.cuda.synchronize()
         if i >= 3:
-            times.append(start.elapsed_time(end) * 1e3 / LAYERS)
+            times.append(start.elapsed_time(end) * 1e3 / layers)
     return statistics.median(times)
 
 
@@ -105,7 +109,7 @@ def sites() -> tuple[list[dict[str, LoraSite]], int]:
 
 
 def lora_kernels(chunks: Tensor, layers: list[dict[str, LoraSite]], m: int, k: int) -> Iterator[Row]:
-    work = WorkList(torch.ones(len(chunks), LAYERS, 7, device="cuda"), m, 4, launch.block_rows(m))
+    work = WorkList(torch.ones(len(chunks), LAYERS, 7, device="cuda"), m, 4, launch.block_rows(m), launch.long_rows(m))
     work.update(m, [AdapterRows(range(i, m, k), i, (i,)) for i in range(k)])
     inputs = {size: randn(LAYERS, m, size) for size in (HIDDEN, INTERMEDIATE)}
     for name, (in_features, outs) in GROUPS.items():
@@ -169,6 +173,16 @@ def base_kernels(m: int) -> Iterator[Row]:
     logits = randn(m, VOCAB)
     semaphores = torch.zeros(m, dtype=torch.int32, device="cuda")
     yield Row("argmax", m, 0, time_layers(lambda i: argmax(logits, semaphores)), 2 * m * VOCAB)
+    uniforms = torch.rand(m, dtype=torch.float64, device="cuda")
+    peaked = (torch.randn(m, VOCAB, device="cuda") * 3).to(BF16)
+    for label, temperature, top_k, top_p in SAMPLINGS:
+        numbers = [torch.full((m,), value, device="cuda") for value in (temperature, top_p, 0.0)]
+        top_ks = torch.full((m,), top_k, dtype=torch.int32, device="cuda")
+
+        def draw(i: int, n: list[Tensor] = numbers, k: Tensor = top_ks) -> Tensor:
+            return sample(peaked, n[0], k, n[1], n[2], uniforms, semaphores)
+
+        yield Row(f"sample {label}", m, 0, time_layers(draw), 2 * m * VOCAB)
     yield Row("argmax of torch", m, 0, time_layers(lambda i: logits.argmax(-1)), 2 * m * VOCAB)
 
 

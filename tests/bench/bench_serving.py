@@ -1,143 +1,178 @@
-"""Closed-loop load on any OpenAI-compatible server: throughput, time to first token, time per token.
+"""Closed-loop load on any OpenAI-compatible server: throughput, time to first token, time between tokens.
 
     python -m tests.bench.bench_serving --url http://127.0.0.1:8000 --models lora0 lora1 --clients 1 16 64 [--csv FILE]
 
 Each client sends its requests one after the other to /v1/completions, streamed, greedy, ignoring the end of text, with
-prompts of random token ids. Which model a request names follows --popularity. A warm-up of one short request for each
-client comes first. The workload of the figures in LOG.md: 256 tokens in, 128 out, 4 requests a client.
+prompts of random token ids (--text: of common words). Which model a request names follows --popularity. A warm-up of
+one short request for each client comes first. The workload of the figures in LOG.md: 256 tokens in, 128 out, 4 requests
+a client.
+
+ttft: from the request to the first event. tpot: of a request, from the first event to the last, for each token after
+the first. itl: between two events of a stream, as the client sees them. client_cpu: CPU seconds for each second, of the
+busiest client process; near 1 the client is what is measured, and --processes spreads it over more.
+
+--load-loop NAME=PATH runs everything twice: quiet, and while one task loads that adapter, asks it for one token and
+unloads it, again and again, over /v1/load_lora_adapter and /v1/unload_lora_adapter.
 """
 
 import argparse
-import asyncio
-import json
 import math
+import os
 import random
 import statistics
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from urllib.parse import urlsplit
 
 from tests.bench.results import append_csv, machine
+from tests.bench.serving_client import Answer, Load, Share, ShareProcess, post
 
-TIMEOUT_S = 300.0  # of one request
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What one request asks for."""
-
-    host: str
-    port: int
-    input_tokens: int
-    output_tokens: int
-    vocab_size: int
+BUSY_CLIENT = 0.8  # of a core
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """How one request went. Seconds."""
-
-    first_s: float  # to the first event
-    per_token_s: float  # between the first event and the last, for each token after the first
-    num_tokens: int  # as the server's usage says
-
-
-def popularity(kind: str, models: list[str], random_source: random.Random) -> str:
-    """The model of the next request: uniform, zipf (weight 1/rank) or identical (always the first)."""
-    if kind == "identical":
-        return models[0]
-    weights = [1 / (rank + 1) for rank in range(len(models))] if kind == "zipf" else None
-    return random_source.choices(models, weights)[0]
-
-
-async def ask(load: Load, model: str, prompt: list[int], output_tokens: int) -> Answer:
-    """One request. Raises RuntimeError if it does not end as asked."""
-    body = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": output_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    content = json.dumps(body).encode()
-    reader, writer = await asyncio.open_connection(load.host, load.port, limit=2**20)
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: {load.host}\r\ncontent-type: application/json\r\n"
-    start = time.perf_counter()
-    writer.write(f"{head}content-length: {len(content)}\r\nconnection: close\r\n\r\n".encode() + content)
-    received = bytearray()
-    first = last = 0.0
-    while piece := await reader.read(65536):
-        received += piece
-        if b'"text"' in piece:
-            last = time.perf_counter()
-            first = first or last
-    writer.close()
-    if not received.startswith(b"HTTP/1.1 200") or b"data: [DONE]" not in received:
-        raise RuntimeError(f"the request for {model} failed: {bytes(received[:500])!r}")
-    num_tokens = int(received.rpartition(b'"completion_tokens":')[2].partition(b",")[0].strip(b" }"))
-    if num_tokens != output_tokens:
-        raise RuntimeError(f"{num_tokens} tokens came, {output_tokens} were asked for")
-    return Answer(first - start, (last - first) / max(1, num_tokens - 1), num_tokens)
+def run_shares(load: Load, options: argparse.Namespace, num_clients: int) -> tuple[list[Answer], float, float]:
+    """All answers of one run, its seconds, and the CPU share of the busiest client process."""
+    num_processes = options.processes or max(1, min(num_clients // 64, (os.cpu_count() or 1) // 4))
+    shares = [
+        Share(
+            load,
+            options.popularity,
+            options.models,
+            list(range(i, num_clients, num_processes)),
+            options.requests,
+            options.duration,
+        )
+        for i in range(num_processes)
+    ]
+    children = [ShareProcess(share) for share in shares]
+    try:
+        for child in children:
+            child.wait_until_warm()
+        start_s = min(child.go() for child in children)
+        results = [child.result() for child in children]
+    finally:
+        for child in children:
+            child.stop()
+    wall_s = max(result.end_s for result in results) - start_s
+    return [answer for result in results for answer in result.answers], wall_s, max(r.cpu_s for r in results) / wall_s
 
 
-async def client(load: Load, kind: str, models: list[str], num_requests: int, seed: int) -> list[Answer]:
-    """One closed loop."""
-    source = random.Random(seed)
-    answers = []
-    for _ in range(num_requests):
-        prompt = [source.randrange(load.vocab_size) for _ in range(load.input_tokens)]
-        model = popularity(kind, models, source)
-        answers.append(await asyncio.wait_for(ask(load, model, prompt, load.output_tokens), TIMEOUT_S))
-    return answers
+def percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[math.ceil(share * (len(ordered) - 1))]
 
 
-async def measure(load: Load, kind: str, models: list[str], num_clients: int, num_requests: int) -> dict[str, float]:
+def measure(load: Load, options: argparse.Namespace, num_clients: int) -> dict[str, float]:
     """The figures of one concurrency."""
-    source = random.Random(0)
-    prompts = [[source.randrange(load.vocab_size) for _ in range(load.input_tokens)] for _ in range(num_clients)]
-    await asyncio.gather(*(ask(load, models[i % len(models)], prompt, 4) for i, prompt in enumerate(prompts)))
-    start = time.perf_counter()
-    loops = (client(load, kind, models, num_requests, 1 + i) for i in range(num_clients))
-    answers = [answer for loop in await asyncio.gather(*loops) for answer in loop]
-    wall_s = time.perf_counter() - start
-    firsts = sorted(answer.first_s * 1e3 for answer in answers)
-    paces = sorted(answer.per_token_s * 1e3 for answer in answers)
+    answers, wall_s, client_cpu = run_shares(load, options, num_clients)
+    num_tokens = sum(answer.num_tokens for answer in answers)
+    gaps = [1e3 * gap for answer in answers for gap in answer.gaps_s] or [0.0]  # one event may bring all tokens
+    firsts = [1e3 * answer.first_s for answer in answers]
+    paces = [1e3 * sum(answer.gaps_s) / max(1, answer.num_tokens - 1) for answer in answers]
     return {
-        "output_tokens_per_s": sum(answer.num_tokens for answer in answers) / wall_s,
+        "output_tokens_per_s": num_tokens / wall_s,
         "ttft_p50_ms": statistics.median(firsts),
-        "ttft_p99_ms": firsts[math.ceil(0.99 * (len(firsts) - 1))],
+        "ttft_p99_ms": percentile(firsts, 0.99),
         "tpot_p50_ms": statistics.median(paces),
-        "tpot_p99_ms": paces[math.ceil(0.99 * (len(paces) - 1))],
+        "tpot_p99_ms": percentile(paces, 0.99),
+        "itl_p50_ms": statistics.median(gaps),
+        "itl_p99_ms": percentile(gaps, 0.99),
+        "tokens_per_event": num_tokens / (len(answers) + sum(len(answer.gaps_s) for answer in answers)),
+        "prompt_tokens": statistics.mean(answer.prompt_tokens for answer in answers),
+        "client_cpu": client_cpu,
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
+def load_in_a_loop(load: Load, name: str, path: str, stop: Event) -> list[float]:
+    """Loads, uses once and unloads an adapter until told to stop; the milliseconds of each load."""
+    times = []
+    while not stop.is_set():
+        seconds, _ = post(load, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        times.append(1e3 * seconds)
+        post(load, "/v1/completions", {"model": name, "prompt": load.prompt(random.Random(0), 8), "max_tokens": 1})
+        post(load, "/v1/unload_lora_adapter", {"lora_name": name})
+    return times
+
+
+def measure_loading(load: Load, options: argparse.Namespace, num_clients: int) -> dict[str, float]:
+    """The figures while --load-loop's adapter comes and goes."""
+    name, _, path = options.load_loop.partition("=")
+    stop = Event()
+    with ThreadPoolExecutor(1) as executor:
+        loop = executor.submit(load_in_a_loop, load, name, path, stop)
+        try:
+            metrics = measure(load, options, num_clients)
+        finally:
+            stop.set()
+        times = loop.result()
+    return metrics | {"loads": len(times), "load_p50_ms": statistics.median(times)}
+
+
+def runs(load: Load, options: argparse.Namespace, num_clients: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """The runs of one concurrency, each with what its name ends with."""
+    quiet = measure(load, options, num_clients)
+    yield "", quiet
+    if options.load_loop:
+        loading = measure_loading(load, options, num_clients)
+        ratio = loading["itl_p99_ms"] / quiet["itl_p99_ms"] if quiet["itl_p99_ms"] else math.nan
+        yield " loading", loading | {"itl_p99_over_quiet": ratio}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server")
     parser.add_argument("--models", nargs="+", required=True, help="names to ask for")
-    parser.add_argument("--popularity", choices=("uniform", "zipf", "identical"), default="uniform")
+    parser.add_argument(
+        "--popularity",
+        choices=("uniform", "zipf", "identical", "distinct"),
+        default="uniform",
+        help="of the models: drawn at random, with weight 1/rank, always the first, or each client its own",
+    )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16], help="concurrencies, one after the other")
     parser.add_argument("--requests", type=int, default=4, help="of each client (default 4)")
+    parser.add_argument("--duration", type=float, default=math.inf, help="seconds after which no request begins")
+    parser.add_argument("--processes", type=int, help="of the client (default: one for 64 clients, a quarter of cores)")
     parser.add_argument("--input-tokens", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=32000, help="prompt token ids are below it")
+    parser.add_argument("--text", action="store_true", help="prompts of words, for servers that take no token ids")
+    parser.add_argument("--load-loop", metavar="NAME=PATH", help="measure also while this adapter comes and goes")
+    parser.add_argument("--api-key", default="", help="sent as a bearer token")
     parser.add_argument("--label", default="", help="what the results are called")
     parser.add_argument("--machine", default="", help="the machine's name, where the processor says too little")
+    parser.add_argument("--commit", default="", help="commit written into the CSV; default: git's HEAD")
     parser.add_argument("--csv", type=Path, help="append the results here")
     options = parser.parse_args(arguments)
+    if not options.url.startswith("http://"):
+        parser.error("--url: http:// only")
+    if options.load_loop and "=" not in options.load_loop:
+        parser.error("--load-loop: NAME=PATH")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     url = urlsplit(options.url)
     load = Load(
-        url.hostname or "127.0.0.1", url.port or 80, options.input_tokens, options.output_tokens, options.vocab_size
+        url.hostname or "127.0.0.1",
+        url.port or 80,
+        options.input_tokens,
+        options.output_tokens,
+        options.vocab_size,
+        options.text,
+        options.api_key,
     )
     for num_clients in options.clients:
-        metrics = asyncio.run(measure(load, options.popularity, options.models, num_clients, options.requests))
-        name = f"serving {options.label} models={len(options.models)} {options.popularity} clients={num_clients}"
-        print(name, " ".join(f"{metric}={value:.4g}" for metric, value in metrics.items()), flush=True)
-        if options.csv:
-            append_csv(options.csv, options.machine or machine(0), name, metrics)
+        for suffix, metrics in runs(load, options, num_clients):
+            of = f"models={len(options.models)} {options.popularity} clients={num_clients}{suffix}"
+            name = f"serving {options.label} {of}"
+            print(name, " ".join(f"{metric}={value:.4g}" for metric, value in metrics.items()), flush=True)
+            if metrics["client_cpu"] > BUSY_CLIENT:
+                print(f"the client took {metrics['client_cpu']:.0%} of a core: give it more --processes", flush=True)
+            if options.csv:
+                append_csv(options.csv, options.machine or machine(0), name, metrics, options.commit)
 
 
 if __name__ == "__main__":

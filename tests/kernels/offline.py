@@ -20,10 +20,12 @@ from kernels.gpu import launch
 from kernels.gpu.argmax import argmax
 from kernels.gpu.attention_decode import attention_decode
 from kernels.gpu.attention_prefill import attention_prefill
+from kernels.gpu.few_rows_linear import few_rows_linear
 from kernels.gpu.lora_expand import lora_expand
 from kernels.gpu.lora_shrink import lora_shrink
 from kernels.gpu.rms_norm import add_rms_norm, rms_norm
 from kernels.gpu.rotary_store_kv import rotary_store_kv
+from kernels.gpu.sample import sample
 from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.paged_plan import PagedPlan
 from kernels.segments import LoraSite
@@ -32,6 +34,7 @@ from kernels.work_list import LoraDelta, WorkList
 SM_90 = GPUTarget("cuda", 90, 32)
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.float64: "*fp64",
 }  # fmt: skip
 
 
@@ -54,6 +57,9 @@ class Compiler:
     def start(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
         options["enable_fp_fusion"] = constants.pop("fuse", True)
+        options["maxnreg"] = constants.pop("max_registers", None)
+        if constants.pop("early", False):
+            constants["IS_EARLY"] = options["launch_pdl"] = True
         signature, attributes = {}, {}
         for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
             if value is None or (isinstance(value, int) and value == 1):
@@ -78,9 +84,10 @@ def _usage(cubin: bytes) -> dict[str, int]:
     return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", run.stdout)}
 
 
-def _lora(dtype: torch.dtype, num_rows: int, block_rows: int, max_chunks: int) -> None:
+def _lora(dtype: torch.dtype, num_rows: int, max_chunks: int) -> None:
     """The LoRA kernels at the 8B's shape."""
-    work = WorkList(torch.zeros(8, 32, 7), num_rows, max_chunks, block_rows)
+    block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows)
+    work = WorkList(torch.zeros(8, 32, 7), num_rows, max_chunks, block_rows, long_rows)
     chunks = torch.zeros(2, 4096, dtype=dtype)  # nothing reads it
     sites = {
         "qkv": LoraSite(3, 0, 4096, (4096, 1024, 1024), 4096, 8192, 16),
@@ -119,18 +126,26 @@ def _attention(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: 
         attention_prefill(q, cache, torch.empty_like(q), plan, 0.1)
 
 
+def _sample(dtype: torch.dtype, vocab_size: int) -> None:
+    numbers, integers = torch.zeros(4), torch.zeros(4, dtype=torch.int32)
+    sample(torch.zeros(4, vocab_size, dtype=dtype), numbers, integers, numbers, numbers, numbers.double(), integers)
+
+
 def main() -> None:
     compiler = Compiler()
     launch.start = compiler.start
+    launch.STARTS_EARLY = True
     launch.num_sms = lambda device: 132  # type: ignore[assignment]
-    for dtype, num_rows, block_rows in (
-        (torch.bfloat16, 64, 8),
-        (torch.bfloat16, 256, 16),
-        (torch.bfloat16, 1024, 32),
-        (torch.float32, 64, 8),
+    for dtype, num_rows in (
+        (torch.bfloat16, 64),
+        (torch.bfloat16, 256),
+        (torch.bfloat16, 512),
+        (torch.bfloat16, 4096),
+        (torch.float32, 64),
+        (torch.float32, 1024),
     ):
         compiler.label = f"{dtype} m={num_rows}"
-        _lora(dtype, num_rows, block_rows, 4)
+        _lora(dtype, num_rows, 4)
     for dtype, heads, head_dim, block_size in (
         (torch.bfloat16, (32, 8), 128, 64),
         (torch.bfloat16, (16, 8), 256, 64),
@@ -139,14 +154,24 @@ def main() -> None:
     ):
         compiler.label = f"{dtype} heads={heads} head_dim={head_dim} block_size={block_size}"
         _attention(dtype, *heads, head_dim, block_size)
-        _rotary(dtype, *heads, head_dim, 64, None)
+        for num_rows in (64, 512):
+            _rotary(dtype, *heads, head_dim, num_rows, None)
     for size in (4096, 100):
         compiler.label = f"size={size}"
         x, weight = torch.zeros(4, size, dtype=torch.bfloat16), torch.zeros(size, dtype=torch.bfloat16)
         rms_norm(x, weight, 1e-5)
         add_rms_norm(x, x.clone(), weight, 1e-5)
         silu_and_mul(x)
+    for num_rows in (16, 64):
+        compiler.label = f"m={num_rows}"
+        for k, n in ((4096, 6144), (4096, 4096), (14336, 4096), (576, 960)):
+            few_rows_linear(torch.zeros(num_rows, k, dtype=torch.bfloat16), torch.zeros(n, k, dtype=torch.bfloat16))
+        gate_up = torch.zeros(28672, 4096, dtype=torch.bfloat16)
+        few_rows_linear(torch.zeros(num_rows, 4096, dtype=torch.bfloat16), gate_up, is_gated=True)
     argmax(torch.zeros(4, 128256, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int32))
+    compiler.label = "vocabulary"
+    for dtype, vocab_size in ((torch.bfloat16, 128256), (torch.bfloat16, 262144), (torch.float32, 49152)):
+        _sample(dtype, vocab_size)
     json.dump(compiler.results, sys.stdout, indent=1)
 
 

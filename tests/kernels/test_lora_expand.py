@@ -70,21 +70,41 @@ def test_silu_and_mul_of_the_base_model(shape: tuple[int, int]) -> None:
     assert relative_error(silu_and_mul(gate_up), silu_and_mul_twin(gate_up.double())) <= 1e-6
 
 
-def test_prefill_tiles() -> None:
-    case = lora_case([0] * 70 + [1, 2] + [-1] * 3, [16, 24, 8], 64, (72,), torch.float32, seed=6)
-    x, y = randn(7, 75, 64, dtype=torch.float32), randn(8, 75, 72, dtype=torch.float32)
-    expected = expanded(case, x, y)
-    work = case.work_list(block_rows=64)
+# Adapters of 6 chunks at most; long segments that are full, long ones with padding, short ones, base rows.
+MIXED = [0] * 70 + [1] * 40 + [2] * 3 + [-1] * 5 + [0] * 3
+MIXED_RANKS = [16, 24, 90]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_expand_of_long_segments(dtype: torch.dtype) -> None:
+    case = lora_case(MIXED, MIXED_RANKS, 64, (72,), dtype, seed=6)
+    x, y = randn(7, len(MIXED), 64, dtype=dtype), randn(8, len(MIXED), 72, dtype=dtype)
+    expected, before = expanded(case, x, y), y.clone()
+    work = case.work_list(long_rows=64)
     lora_expand(y, lora_shrink(x, case.chunks, case.site, work), case.chunks, case.site, work)
-    assert relative_error(y, expected) <= 1e-5
+    assert relative_error(y, expected) <= TOLERANCE[dtype]
+    assert torch.equal(y[base_rows(case)], before[base_rows(case)])
 
 
-def test_a_work_list_is_used_again_for_other_mixes() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [72, 300])
+def test_silu_and_mul_of_long_segments(size: int, dtype: torch.dtype) -> None:
+    case = lora_case(MIXED, MIXED_RANKS, 64, (size, size), dtype, seed=6)
+    x, gate_up = randn(7, len(MIXED), 64, dtype=dtype), randn(8, len(MIXED), 2 * size, dtype=dtype)
+    work = case.work_list(long_rows=64)
+    s = lora_shrink(x, case.chunks, case.site, work)
+    y = silu_and_mul(gate_up, LoraDelta(s, case.chunks, case.site, work))
+    assert relative_error(y, silu_and_mul_twin(expanded(case, x, gate_up))) <= TOLERANCE[dtype]
+    assert torch.equal(y[base_rows(case)], silu_and_mul(gate_up)[base_rows(case)])
+
+
+@pytest.mark.parametrize("long_rows", [0, 8])
+def test_a_work_list_is_used_again_for_other_mixes(long_rows: int) -> None:
     """What a captured graph sees: the same addresses with one adapter, none, many, fewer."""
     ranks = [16, 8, 40, 16, 64, 4]
     many = [0, 1, 2, 3, 4, 5, 0, -1]
     first = lora_case(many, ranks, 64, (40, 40), torch.float32, seed=3)
-    work = first.work_list()
+    work = first.work_list(long_rows=long_rows)
     for mix in ([0] * 8, [-1] * 8, many, [3, 3, -1, -1, 1, 1, 1, 3]):
         case = lora_case(mix, ranks, 64, (40, 40), torch.float32, seed=3)
         assert torch.equal(case.scales, first.scales)

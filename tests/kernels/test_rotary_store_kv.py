@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.gpu import launch
 from kernels.gpu.lora_shrink import lora_shrink
 from kernels.gpu.rotary_store_kv import rotary_store_kv
 from kernels.reference import rotary_store_kv as twin
@@ -116,6 +117,30 @@ def test_adapters(name: str, dtype: torch.dtype, has_norms: bool) -> None:
     base_rows = sorted(set(range(21)) - set(case.lora_rows()))
     for part in (0, 1):
         assert relative_error(got[part], expected[part]) <= TOLERANCE[dtype]
+        assert torch.equal(got[part][base_rows], base[part][base_rows])
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_long_segments(has_norms: bool) -> None:
+    """A prompt, some decodes and the base model's rows, so many that both kernels take long tiles."""
+    num_heads, num_kv_heads, head_dim, num_rows = 2, 1, 40, 290
+    outs = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
+    mix = [0] * 150 + [-1] * 70 + [1] * 40 + [2] * 9 + [-1] * 21
+    case = lora_case(mix, [16, 40, 24], 64, outs, torch.float32, seed=2)
+    x, qkv = (
+        randn(3, num_rows, 64, dtype=torch.float32),
+        randn(4, num_rows, sum(outs), dtype=torch.float32),
+    )
+    norms = norms_of(head_dim, torch.float32) if has_norms else None
+    work = case.work_list(launch.block_rows(num_rows), launch.long_rows(num_rows))
+    assert work.long is not None
+    delta = LoraDelta(lora_shrink(x, case.chunks, case.site, work), case.chunks, case.site, work)
+    got = run(qkv, num_heads, num_kv_heads, norms, delta)
+    expected = run_twin(qkv, num_heads, num_kv_heads, norms, case, x)
+    base = run(qkv, num_heads, num_kv_heads, norms, None)
+    base_rows = sorted(set(range(num_rows)) - set(case.lora_rows()))
+    for part in (0, 1):
+        assert relative_error(got[part], expected[part]) <= 1e-5
         assert torch.equal(got[part][base_rows], base[part][base_rows])
 
 

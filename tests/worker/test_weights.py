@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.tiny_models import write_tiny_model
+from worker import weight_copier
 from worker.model_config import ModelError
 from worker.weights import load_model
 
@@ -32,7 +33,7 @@ def change(model_dir: Path, changes: dict[str, Tensor | None]) -> None:
         ("llama2", {"model.layers.0.mlp.up_proj.weight": torch.ones(64, 112)}, r"up_proj.weight has shape \[64, 112\]"),
         ("llama2", {"model.layers.0.mlp.up_proj.bias": torch.ones(112)}, "unexpected tensors, the first is model.lay"),
         ("llama2", {"model.layers.2.mlp.up_proj.weight": torch.ones(1)}, "unexpected"),
-        ("llama2", {"model.norm.weight": torch.ones(64, dtype=torch.int8)}, "model.norm.weight is of type torch.int8"),
+        ("llama2", {"model.norm.weight": torch.ones(64, dtype=torch.int8)}, "model.norm.weight is of type I8"),
         ("smollm", {"lm_head.weight": torch.ones(320, 48)}, "tie_word_embeddings is true but lm_head.weight differs"),
     ],
 )
@@ -65,6 +66,29 @@ def test_shards_progress_and_independence_of_the_files(tmp_path: Path) -> None:
             stream.write(b"\0" * file.stat().st_size)
     assert torch.equal(whole.lm_head, sharded.lm_head)
     assert torch.equal(whole.layers[1].attention.qkv_proj.weight, sharded.layers[1].attention.qkv_proj.weight)
+
+
+def test_tensors_larger_than_a_piece_arrive_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_model(tmp_path, "qwen2")
+    stored = load_file(tmp_path / "model.safetensors")
+    monkeypatch.setattr(weight_copier, "PIECE_BYTES", 1000)
+    model, _ = load_model(tmp_path, torch.float32, CPU)
+    assert torch.equal(model.embed_tokens, stored["model.embed_tokens.weight"])
+    parts = [stored[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"]
+    assert torch.equal(model.layers[1].attention.qkv_proj.weight, torch.cat(parts))
+
+
+def test_a_file_that_ends_early_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "numbers"
+    file.write_bytes(bytes(40))
+    copier = weight_copier.WeightCopier(CPU)
+    copier.copy(file, 8, torch.float32, torch.empty(8))
+    assert list(copier.finish()) == [32]
+    copier.copy(file, 12, torch.float32, torch.empty(8))
+    with pytest.raises(OSError, match="ends early"):
+        list(copier.finish())
+    copier.close()
+    copier.close()
 
 
 def test_dtype_is_converted(tmp_path: Path) -> None:

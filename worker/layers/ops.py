@@ -17,6 +17,8 @@ from kernels import LoraDelta, LoraSite, reference, reference_lora
 class Ops:
     """One backend's ops."""
 
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    gated_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     rotary_store_kv: Callable[..., None]
@@ -27,6 +29,8 @@ class Ops:
 
 
 TORCH = Ops(
+    linear=reference.linear,
+    gated_linear=reference.gated_linear,
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
     rotary_store_kv=reference.rotary_store_kv,
@@ -42,6 +46,8 @@ def triton_ops() -> Ops:
     from kernels import gpu
 
     return Ops(
+        linear=gpu.linear,
+        gated_linear=gpu.gated_linear,
         rms_norm=gpu.rms_norm,
         add_rms_norm=gpu.add_rms_norm,
         rotary_store_kv=gpu.rotary_store_kv,

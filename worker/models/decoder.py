@@ -1,5 +1,6 @@
 """The decoder of the Llama family: Llama, Mistral, Qwen2 and Qwen3 differ in biases, head norms and a window."""
 
+import copy
 from typing import Protocol
 
 import torch
@@ -8,11 +9,11 @@ from torch import Tensor
 
 from kernels import LoraSite
 from worker.chunk_layout import CHUNK_RANK, MODULES, ChunkLayout
-from worker.layers.linear import Linear, linear
+from worker.layers.linear import Linear
 from worker.layers.ops import TORCH, Ops
 from worker.layers.rotary_embedding import RotaryEmbedding
 from worker.layers.step import Step
-from worker.model_config import ModelConfig, ModelError
+from worker.model_config import ModelConfig
 
 
 class Weights(Protocol):
@@ -68,6 +69,8 @@ class Mlp:
 
     def __call__(self, x: Tensor, residual: Tensor, step: Step) -> Tensor:
         """x [num_tokens, hidden_size] -> the same shape. residual as in Linear."""
+        if step.lora is None:
+            return self.down_proj(self.gate_up_proj.gated(x), residual, None)
         gate_up, delta = self.gate_up_proj.with_delta(x, step.lora)
         return self.down_proj(self._ops.silu_and_mul(gate_up, delta), residual, step.lora)
 
@@ -97,7 +100,7 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops = TORCH) -> None:
         layout = config.chunk_layout()
         self.eps = config.rms_norm_eps
-        self._rms_norm = ops.rms_norm
+        self._ops = ops
         self.embed_tokens = weights.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, layer, weights, layout, ops) for layer in range(config.num_layers)]
         self.norm = weights.take("model.norm.weight", config.hidden_size)
@@ -105,6 +108,12 @@ class Decoder:
         self.rotary_embedding = RotaryEmbedding(
             config.rope, config.head_dim, config.max_position_embeddings, weights.dtype, weights.device
         )
+
+    def shallow(self) -> "Decoder":
+        """This model with its first layer alone: it launches the kernels of the whole, in fewer launches."""
+        model = copy.copy(self)
+        model.layers = self.layers[:1]
+        return model
 
     def forward(self, token_ids: Tensor, step: Step) -> Tensor:
         """token_ids int64 [num_tokens] -> hidden states [num_tokens, hidden_size], before the last norm."""
@@ -117,7 +126,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [num_rows, hidden_size] of the rows that sample -> [num_rows, vocab_size], in the model's dtype."""
-        return linear(self._rms_norm(hidden, self.norm, self.eps), self.lm_head)
+        return self._ops.linear(self._ops.rms_norm(hidden, self.norm, self.eps), self.lm_head, None)
 
 
 def _linear(
@@ -149,12 +158,6 @@ def _linear(
 
 
 def _lm_head(config: ModelConfig, weights: Weights, embed_tokens: Tensor) -> Tensor:
-    """Tied checkpoints mostly leave lm_head out; one that has it must mean what it says."""
-    if config.tie_word_embeddings and "lm_head.weight" not in weights:
+    if config.tie_word_embeddings:
         return embed_tokens
-    lm_head = weights.take("lm_head.weight", config.vocab_size, config.hidden_size)
-    if not config.tie_word_embeddings:
-        return lm_head
-    if not torch.equal(lm_head, embed_tokens):
-        raise ModelError("tie_word_embeddings is true but lm_head.weight differs from model.embed_tokens.weight")
-    return embed_tokens
+    return weights.take("lm_head.weight", config.vocab_size, config.hidden_size)
