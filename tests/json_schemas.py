@@ -20,6 +20,46 @@ def schemas(num: int, seed: int = 0) -> list[Pair]:
     return [_with_definitions(*_object(rng, depth=1 + i % 4)) for i in range(num)]
 
 
+def rarer_schemas(num: int, seed: int = 0) -> list[dict[str, Any]]:
+    """The same kind of schemas, each with a property that uses one of JSON Schema's less common keywords."""
+    rng = random.Random(seed)
+    found = []
+    for i, (schema, _) in enumerate(schemas(num, seed)):
+        schema["properties"]["rare"] = _RARE[i % len(_RARE)]
+        schema["required"] = [*rng.sample(schema["required"], rng.randint(0, len(schema["required"]))), "rare"]
+        found.append(schema)
+    return found
+
+
+_TEXT: dict[str, Any] = {"type": "string", "maxLength": 20}
+_RARE: list[dict[str, Any]] = [
+    *({"type": "string", "format": name} for name in ("date-time", "time", "email", "uuid", "ipv4", "ipv6", "uri")),
+    {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 1000},
+    {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+    {"const": {"a": [1, None, "x"]}},
+    {"type": ["string", "null", "boolean"], "maxLength": 5},
+    {"type": "array", "prefixItems": [{"type": "integer"}, _TEXT], "items": False, "minItems": 2},
+    {"type": "array", "items": {"type": "integer"}, "uniqueItems": True},
+    {"type": "array", "items": {"type": "integer"}, "contains": {"const": 5}},
+    {"type": "object", "additionalProperties": {"type": "integer"}, "maxProperties": 3},
+    {"type": "object", "patternProperties": {"^x-": {"type": "boolean"}}, "additionalProperties": False},
+    {
+        "allOf": [
+            {"type": "object", "properties": {"a": _TEXT}, "required": ["a"]},
+            {"properties": {"b": {"type": "null"}}},
+        ]
+    },
+    {"oneOf": [{"type": "integer"}, {"type": "string", "enum": ["none"]}]},
+    {"not": {"type": "string"}},
+    {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "if": {"required": ["a"]},
+        "then": {"required": ["a"]},
+    },
+]
+
+
 def _with_definitions(schema: dict[str, Any], value: Any) -> Pair:
     if "#/$defs/node" in str(schema):
         schema["$defs"] = {"node": _NODE}
