@@ -37,15 +37,7 @@ class PagedPlan:
         """
         device = block_tables.device
         num_decodes = next((i for i, length in enumerate(query_lens) if length != 1), len(query_lens))
-        assert 1 not in query_lens[num_decodes:], "sequences of one row stand first"
-        tiles: list[tuple[int, int, int, int]] = []
-        row = num_decodes
-        for i in range(num_decodes, len(query_lens)):
-            computed = context_lens[i] - query_lens[i]
-            for start in range(0, query_lens[i], tokens_per_tile):
-                tiles.append((i, row + start, min(tokens_per_tile, query_lens[i] - start), computed + start))
-            row += query_lens[i]
-        tiles.sort(key=lambda tile: -tile[3])  # the longest contexts start first
+        tiles = tiles_of(query_lens, context_lens, num_decodes, tokens_per_tile)
         return cls(
             block_tables=block_tables,
             context_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
@@ -54,3 +46,18 @@ class PagedPlan:
             window=window,
             semaphores=torch.zeros(max(1, num_decodes) * num_kv_heads, dtype=torch.int32, device=device),
         )
+
+
+def tiles_of(
+    query_lens: Sequence[int], context_lens: Sequence[int], num_decodes: int, tokens_per_tile: int
+) -> list[tuple[int, int, int, int]]:
+    """The rows of PagedPlan.tiles for the sequences behind the first num_decodes, which have one row each."""
+    assert 1 not in query_lens[num_decodes:], "sequences of one row stand first"
+    tiles: list[tuple[int, int, int, int]] = []
+    row = num_decodes
+    for i in range(num_decodes, len(query_lens)):
+        computed = context_lens[i] - query_lens[i]
+        for start in range(0, query_lens[i], tokens_per_tile):
+            tiles.append((i, row + start, min(tokens_per_tile, query_lens[i] - start), computed + start))
+        row += query_lens[i]
+    return sorted(tiles, key=lambda tile: -tile[3])  # the longest contexts start first

@@ -48,11 +48,14 @@ class SegmentTable:
     scales   float32 [max_segments, num_layers, num_modules]: each segment's own, so that a kernel need not read the
              record first; 0: the adapter has nothing there. The base model's are not read.
     semaphores  int32, zero between kernels: one for each task and module.
+    num_segments, num_tasks: the most that a kernel may find when it runs, for its grid. See WorkList.changes.
     """
 
-    def __init__(self, slot_scales: Tensor, max_segments: int, max_chunks: int, block_rows: int) -> None:
+    def __init__(self, slot_scales: Tensor, max_segments: int, max_chunks: int, block_rows: int, changes: bool) -> None:
         assert block_rows >= 8 and block_rows & (block_rows - 1) == 0, "Triton's tiles are powers of two"
         self.max_segments, self.max_chunks, self.block_rows = max_segments, max_chunks, block_rows
+        self.num_segments, self.num_tasks = max_segments, max_segments * max_chunks
+        self._changes = changes
         self._slot_scales = slot_scales
         self.record_size = -(-(block_rows + CHUNK_IDS + max_chunks) // 16) * 16
         self.max_tasks = max_segments * max_chunks
@@ -79,8 +82,13 @@ class SegmentTable:
                 place = _NUM_COUNTS + _TASK_SIZE * num_tasks
                 host[place : place + _TASK_SIZE] = array("i", (i, j, chunk_id, 0))
                 num_tasks += 1
+        if not self._changes:
+            self.num_segments, self.num_tasks = len(segments), num_tasks
         host[0:_NUM_COUNTS] = array("i", (len(segments), num_lora_segments, num_tasks, 0))
-        self._data[: len(host)].copy_(torch.frombuffer(host, dtype=torch.int32), non_blocking=True)
+        source = torch.frombuffer(host, dtype=torch.int32)
+        if self._data.is_cuda:  # from pageable memory the copy would wait for what is enqueued
+            source = source.pin_memory()
+        self._data[: len(host)].copy_(source, non_blocking=True)
         torch.index_select(self._slot_scales, 0, self._slots, out=self.scales)
 
     def _append(self, host: "array[int]", segment: Segment) -> None:
@@ -100,21 +108,28 @@ class WorkList:
     """
 
     def __init__(
-        self, slot_scales: Tensor, max_segments: int, max_chunks: int, block_rows: int = 8, long_rows: int = 0
+        self,
+        slot_scales: Tensor,
+        max_segments: int,
+        max_chunks: int,
+        block_rows: int = 8,
+        long_rows: int = 0,
+        changes: bool = True,
     ) -> None:
         """Room for adapters of at most max_chunks chunks. m rows never make more than m short segments.
 
         slot_scales float32 [num_slots, num_layers, num_modules]: the caller's, by adapter slot, read by update.
         max_segments: short ones, were there no long ones. block_rows, long_rows: of a short and of a long segment.
+        changes: whether it is updated under kernels in a captured graph, whose grids then are for all that it holds.
         """
         assert slot_scales.dtype == torch.float32 and slot_scales.ndim == 3
-        self.max_chunks = max_chunks
-        self.short = SegmentTable(slot_scales, max_segments, max_chunks, block_rows)
+        self.max_chunks, self.changes = max_chunks, changes
+        self.short = SegmentTable(slot_scales, max_segments, max_chunks, block_rows, changes)
         self.long: SegmentTable | None = None
         if long_rows:
             # A long segment is more than half full, but for the base model's last.
             max_long = 2 * max_segments * block_rows // long_rows + 1
-            self.long = SegmentTable(slot_scales, max_long, max_chunks, long_rows)
+            self.long = SegmentTable(slot_scales, max_long, max_chunks, long_rows, changes)
 
     @property
     def long_rows(self) -> int:

@@ -27,6 +27,8 @@ class AdapterPool:
         # float32 [num_chunks, num_layers, len(MODULES)]: an adapter's scales, at its first chunk's place
         self.scales = torch.zeros(num_chunks, layout.num_layers, len(MODULES), device=device)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Behind whatever may still write or read what is free by now: first the zeros, then steps of removed adapters.
+        self._freed = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         self._arriving: dict[int, torch.cuda.Event] = {}  # by generation: recorded behind its copy
         self._residents: dict[int, ResidentAdapter] = {}
         self._owners: dict[int, int] = {}  # chunk id → generation
@@ -40,8 +42,8 @@ class AdapterPool:
         assert generation not in self._residents
         assert len(chunk_ids) == len(packed.chunks) == len(set(chunk_ids))
         assert not self._owners.keys() & set(chunk_ids), "a chunk belongs to another adapter"
-        if self._copies is not None:
-            self._copies.wait_stream(torch.cuda.current_stream())  # a step at work may read what stood there before
+        if self._copies is not None and self._freed is not None:
+            self._copies.wait_event(self._freed)  # not for the steps launched since, which know nothing of the chunks
         with torch.cuda.stream(self._copies):  # None: no stream
             for chunk_id, chunk in zip(chunk_ids, packed.chunks, strict=True):
                 self.chunks[chunk_id].copy_(chunk, non_blocking=True)
@@ -59,8 +61,10 @@ class AdapterPool:
         return generation not in self._arriving
 
     def remove(self, generation: int) -> None:
-        """Forget an adapter; its chunks may be given to another, whose copy follows this one's."""
+        """Forget an adapter; its chunks may be given to another, whose copy comes behind this one's and its steps."""
         self._arriving.pop(generation, None)
+        if self._copies is not None:
+            self._freed = torch.cuda.current_stream().record_event()
         for chunk_id in self._residents.pop(generation).chunk_ids:
             del self._owners[chunk_id]
 

@@ -65,13 +65,14 @@ class BlockManager:
             sequence.block_table.append(block_id)
         return True
 
-    def commit(self, sequence: Sequence, num_tokens: int) -> None:
-        """Takes note that the next num_tokens tokens are computed; blocks that became full can be shared now."""
-        size = self.block_size
-        first = sequence.num_computed_tokens // size
-        sequence.num_computed_tokens += num_tokens
-        table = sequence.block_table
-        for index in range(first, sequence.num_computed_tokens // size):
+    def publish(self, sequence: Sequence, start: int, end: int) -> None:
+        """Takes note that the tokens from start to end, all known, are computed; blocks that became full can be shared.
+
+        To be called in order: what stands before start has been published.
+        """
+        assert end <= len(sequence.token_ids), "a block is found by what it holds, so all of it must be known"
+        size, table = self.block_size, sequence.block_table
+        for index in range(start // size, end // size):
             parent = self._blocks[table[index - 1]].prefix if index else self._cache.root(sequence.namespace)
             assert parent is not None
             prefix = self._cache.child(parent, sequence.token_ids[index * size : (index + 1) * size])
@@ -100,7 +101,7 @@ class BlockManager:
         assert len(self._free) + len(references) == self.num_blocks
         for sequence in sequences:
             assert len(set(sequence.block_table)) == len(sequence.block_table)
-            assert 0 <= sequence.num_computed_tokens <= len(sequence.token_ids)
+            assert 0 <= sequence.num_computed_tokens <= sequence.num_tokens
             assert len(sequence.block_table) >= self.blocks_for(sequence.num_computed_tokens)
         for prefix, block_id in self._cache.items():
             assert self._blocks[block_id].prefix is prefix

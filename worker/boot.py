@@ -19,7 +19,7 @@ from worker.block_manager import BlockManager
 from worker.chunk_layout import ChunkLayout
 from worker.config import ConfigError, WorkerConfig
 from worker.device import Target, find_target
-from worker.engine import Engine, Runner
+from worker.engine import Engine
 from worker.kv_cache import KVCache
 from worker.mailbox import Message, Outbox, Stop
 from worker.memory import MIB, MemoryPlan, MemoryShortage, plan_memory
@@ -32,6 +32,7 @@ from worker.scheduler import Scheduler
 from worker.server import Server
 from worker.socket_file import EndpointError
 from worker.start_up import StartUp
+from worker.step_pipeline import Runner
 from worker.weights import LoadingModel
 
 log = logging.getLogger(__name__)
@@ -153,6 +154,8 @@ def _plan(config: WorkerConfig, model: ModelConfig, target: Target) -> MemoryPla
         block_bytes=block_bytes,
         chunk_bytes=chunk_bytes,
         available_bytes=available,
+        mem_fraction=target.mem_fraction,
+        max_running_requests=target.max_running_requests,
         takes_all=target.device.type == "cuda",
     )
     log.info(
@@ -211,8 +214,8 @@ def _make_engine(
     scheduler = Scheduler(
         blocks,
         adapters,
-        max_running=config.max_running_requests,
-        max_prefill_tokens=config.chunked_prefill_size,
+        max_running=base.target.max_running_requests,
+        max_prefill_tokens=base.target.chunked_prefill_size,
         max_adapters=config.max_loras_per_batch,
         max_overtake_s=config.lora_drain_wait_threshold,
     )
@@ -226,6 +229,7 @@ def _make_engine(
         outbox,
         server.post,
         max_loras_per_batch=config.max_loras_per_batch,
+        runs_ahead=base.target.device.type == "cuda",
     )
 
 
@@ -241,16 +245,19 @@ def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None, sta
         target.device,
     )
     if not target.uses_triton:
-        return ModelRunner(decoder, model, kv_cache, pool)
+        return ModelRunner(decoder, model, kv_cache, pool, max_rows=target.max_running_requests)
     # Imported here, so that a CPU server never loads Triton.
     from kernels.gpu import launch
     from worker.decode_graphs import DecodeGraphs
+    from worker.last_tokens import LastTokens
     from worker.triton_runner import TritonRunner
 
     max_chunks = _max_chunks(config, base)
     with launch.compiling():
-        shallow = TritonRunner(decoder.shallow(), model, kv_cache, pool, max_chunks=max_chunks)
-        shallow.warm_up(config.chunked_prefill_size)
+        shallow = TritonRunner(
+            decoder.shallow(), model, kv_cache, pool, max_chunks=max_chunks, max_rows=target.max_running_requests
+        )
+        shallow.warm_up(target.chunked_prefill_size)
     start_up.done("kernels")
     base.loading.finish()
     start_up.done("weights")
@@ -259,13 +266,14 @@ def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None, sta
         model,
         kv_cache,
         pool,
-        max_rows=min(config.cuda_graph_max_bs, config.max_running_requests),
+        LastTokens(model.vocab_size, target.max_running_requests, target.device),
+        max_rows=min(config.cuda_graph_max_bs, target.max_running_requests),
         max_chunks=max_chunks,
         max_model_len=base.plan.max_model_len,
     )
     start_up.done("graphs")
     runner = TritonRunner(decoder, model, kv_cache, pool, max_chunks=max_chunks, graphs=graphs)
-    runner.warm_up(config.chunked_prefill_size)
+    runner.warm_up(target.chunked_prefill_size)
     start_up.done("prompts")
     return runner
 

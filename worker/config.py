@@ -115,13 +115,26 @@ class WorkerConfig:
     device: str = _setting(
         "auto", "where the model runs; auto is the GPU if there is one", choices=("auto", "cpu", "cuda")
     )
-    max_running_requests: int = _setting(32, "sequences in one step; others wait")
+    max_running_requests: int | None = _setting(
+        None, "sequences in one step; others wait", type=int, default_text="256 on a GPU, 32 on the CPU"
+    )
     max_queued_requests: int = _setting(2048, "unfinished sequences that one gateway may have; beyond it 429")
-    chunked_prefill_size: int = _setting(512, "prompt tokens in one step, which running answers do not count in")
+    chunked_prefill_size: int | None = _setting(
+        None,
+        "prompt tokens in one step, which running answers do not count in: more of them shorten the wait for a first"
+        " token, and lengthen that between the others' tokens",
+        type=int,
+        default_text="1024 on a GPU, 512 on the CPU",
+    )
     cuda_graph_max_bs: int = _setting(
         256, "sequences in the largest step that is captured as a CUDA graph; without a GPU there are none"
     )
-    mem_fraction: float = _setting(0.5, "share of the memory free after the model is loaded that KV and adapters take")
+    mem_fraction: float | None = _setting(
+        None,
+        "share of the memory free after the model is loaded that KV and adapters take",
+        type=float,
+        default_text="0.9 on a GPU, 0.5 on the CPU",
+    )
     block_size: int | None = _setting(
         None,
         "tokens in a KV block; what is shared between prompts is whole blocks",
@@ -194,7 +207,7 @@ def _check_numbers(config: WorkerConfig) -> None:
     for name, highest in (("lora_drain_wait_threshold", 3600.0), ("shutdown_grace", 3600.0)):
         if not 0 <= getattr(config, name) <= highest:
             raise ConfigError(f"{_flag(name)} must be 0 to {highest:g} seconds")
-    if not 0 < config.mem_fraction <= 1:
+    if config.mem_fraction is not None and not 0 < config.mem_fraction <= 1:
         raise ConfigError(f"--mem-fraction must be over 0 and at most 1, not {config.mem_fraction}")
 
 

@@ -1,7 +1,8 @@
 """DecodeGraphs: decode steps as CUDA graphs, one for each bucket of rows, with and without adapters.
 
-A graph holds everything from the token ids to the logits and the greedy tokens. It is captured once and serves any
-mix of adapters and contexts: what changes from step to step stands in buffers at fixed addresses.
+A graph holds everything from the step before's tokens to its own: their look-up, the forward pass, the logits, each
+row's best token, and where the next step finds it. It is captured once and serves any mix of adapters and contexts:
+what changes from step to step stands in buffers at fixed addresses.
 """
 
 import logging
@@ -16,6 +17,7 @@ from kernels import PagedPlan, WorkList
 from kernels.gpu import argmax, launch
 from worker.adapter_pool import AdapterPool
 from worker.kv_cache import KVCache
+from worker.last_tokens import LastTokens
 from worker.layers.side_stream import MAX_ROWS, SideStream
 from worker.layers.step import Lora, Step
 from worker.model_config import ModelConfig
@@ -45,7 +47,7 @@ class Bucket:
         device = kv_cache.data.device
         num_kv_heads = kv_cache.data.shape[3]
         self.num_rows = num_rows
-        self.buffers = StepBuffers(num_rows, max_blocks, device)
+        self.buffers = StepBuffers(num_rows, max_blocks, kv_cache.block_size, device)
         self.semaphores = torch.zeros(num_rows, dtype=torch.int32, device=device)  # of the argmax
         plan = PagedPlan(
             block_tables=self.buffers.block_tables,
@@ -83,6 +85,7 @@ class DecodeGraphs:
         config: ModelConfig,
         kv_cache: KVCache,
         pool: AdapterPool | None,
+        last_tokens: LastTokens,
         *,
         max_rows: int,
         max_chunks: int,
@@ -90,6 +93,7 @@ class DecodeGraphs:
     ) -> None:
         """Captures them, which takes seconds. max_chunks: of one adapter; max_model_len: the longest context."""
         self.buckets = (*(bucket for bucket in BUCKETS if bucket < max_rows), max_rows)
+        self.last_tokens = last_tokens
         self._model = model
         device = kv_cache.data.device
         side = SideStream(device)
@@ -105,9 +109,12 @@ class DecodeGraphs:
         return not rows.prefills and rows.num_padded in self._of
 
     def replay(self, rows: StepRows, adapted: list[Adapted]) -> tuple[Tensor, Tensor]:
-        """The greedy tokens and the logits of a step that fits, padding included; valid until the next replay."""
+        """Enqueues a step that fits: each row's best token (-1: no number) and logits, padding included.
+
+        They are overwritten by the next replay.
+        """
         bucket = self._of[rows.num_padded]
-        bucket.buffers.fill(rows)
+        bucket.buffers.fill(rows.decodes, self.last_tokens)
         if adapted:
             bucket.set_adapters(adapted)
         captured = self.captured(rows.num_padded, bool(adapted))
@@ -143,5 +150,8 @@ class DecodeGraphs:
             yield Captured(graph, tokens, logits)
 
     def _run(self, bucket: Bucket, step: Step) -> tuple[Tensor, Tensor]:
-        logits = self._model.logits(self._model.forward(bucket.buffers.token_ids, step))
-        return argmax(logits, bucket.semaphores), logits
+        token_ids = self.last_tokens.ids(bucket.buffers.codes)
+        logits = self._model.logits(self._model.forward(token_ids, step))
+        tokens = argmax(logits, bucket.semaphores)
+        self.last_tokens.keep(tokens)
+        return tokens, logits

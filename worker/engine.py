@@ -5,7 +5,6 @@ import queue
 import secrets
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import msgspec
 
@@ -27,17 +26,9 @@ from worker.block_manager import BlockManager
 from worker.mailbox import Admin, Cancel, CancelAll, JobDone, Mail, Message, Outbox, Owner, Start, Stop
 from worker.scheduler import Scheduler
 from worker.sequence import Sample, ScheduledSequence, Sequence
+from worker.step_pipeline import Outcome, Runner, StepPipeline
 
 log = logging.getLogger(__name__)
-
-Outcome = Sample | Error | None  # of one sequence in one step; None where the prompt is not through yet
-
-
-class Runner(Protocol):
-    """What computes a step: see ModelRunner."""
-
-    def run(self, batch: list[ScheduledSequence]) -> list[Sample]:
-        """One Sample for each entry with `samples`, in order."""
 
 
 class Engine:
@@ -55,11 +46,11 @@ class Engine:
         send: Callable[[Mail], None],
         *,
         max_loras_per_batch: int,
+        runs_ahead: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """send hands a step's events to the I/O thread; it never blocks."""
+        """send hands a step's events to the I/O thread; it never blocks. runs_ahead: see StepPipeline."""
         self._model = model
-        self._runner = runner
         self._scheduler = scheduler
         self._blocks = blocks
         self._adapters = adapters
@@ -70,8 +61,7 @@ class Engine:
         self._clock = clock
         self._sequences: dict[Owner, dict[int, Sequence]] = {}  # unfinished, by session and request id
         self._last_sequence_id = 0
-        self._num_steps = 0
-        self._step_started_s: float | None = None  # of the step at work
+        self._steps = StepPipeline(runner, scheduler, self._take_outcome, runs_ahead=runs_ahead, clock=clock)
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
         self._stop_at_s: float | None = None
@@ -83,16 +73,15 @@ class Engine:
             try:
                 self.step()
             except Exception:  # a defect of ours; whoever was in it fails, the process goes on
-                log.exception("step %d failed", self._num_steps)
+                log.exception("step %d failed", self._steps.num_steps)
                 self._fail_all(Error(ErrorCode.INTERNAL, "the worker's step failed"))
         self._fail_all(Error(ErrorCode.WORKER_LOST, "the worker was stopped"))
 
     def step(self) -> None:
-        """Takes commands, schedules, runs, collects, sends."""
+        """Takes commands, schedules, launches, collects the step before, sends."""
         self._take_messages()
-        batch = self._schedule()
-        outcomes = self._run(batch)
-        self._collect(batch, outcomes)
+        self._steps.advance(self._schedule())
+        self._status = self._describe()
         self._flush()
 
     # ----------------------------------------------------------------------------------------------- commands
@@ -100,7 +89,9 @@ class Engine:
     def _take_messages(self) -> None:
         """Everything that has come; waits for it when there is nothing else to do."""
         try:
-            if not self._scheduler.running and not self._scheduler.waiting:
+            if not self._steps.is_empty:
+                pass  # whatever comes, the step under way is to be collected
+            elif not self._scheduler.running and not self._scheduler.waiting:
                 self._handle_safely(self._inbox.get(timeout=self._idle_s()))
             elif not self._scheduler.running:  # those that wait need something that comes by message, or in time
                 self._handle_safely(self._inbox.get(timeout=0.005))
@@ -192,50 +183,16 @@ class Engine:
         self._apply_failures()  # of adapters that could not come to the device; their sequences still wait
         return batch
 
-    def _run(self, batch: list[ScheduledSequence]) -> list[Outcome]:
-        """The model's word on each sequence of the batch. What fails the batch is looked for one by one."""
-        if not batch:
-            return []
-        self._num_steps += 1
-        self._step_started_s = self._clock()
-        try:
-            return self._run_together(batch)
-        except Exception:
-            log.exception("step %d failed with %d sequences; running them one by one", self._num_steps, len(batch))
-            return [self._run_alone(scheduled) for scheduled in batch]
-        finally:
-            self._step_started_s = None
-
-    def _run_together(self, batch: list[ScheduledSequence]) -> list[Outcome]:
-        samples = self._runner.run(batch)
-        expected = [scheduled.samples for scheduled in batch]
-        if len(samples) != sum(expected):
-            raise RuntimeError(f"{len(samples)} samples for {sum(expected)} sequences")
-        remaining = iter(samples)
-        return [_checked(next(remaining)) if sampled else None for sampled in expected]
-
-    def _run_alone(self, scheduled: ScheduledSequence) -> Outcome:
-        try:
-            return self._run_together([scheduled])[0]
-        except Exception:
-            log.exception("sequence %d failed alone", scheduled.sequence.sequence_id)
-            return Error(ErrorCode.INTERNAL, "the model failed on this sequence")
-
-    def _collect(self, batch: list[ScheduledSequence], outcomes: list[Outcome]) -> None:
-        for scheduled, outcome in zip(batch, outcomes, strict=True):
-            sequence = scheduled.sequence
-            if isinstance(outcome, Error):
-                self._end(sequence, outcome)
-                continue
-            self._num_prompt_tokens += min(scheduled.num_tokens, self._prompt_tokens_left(sequence))
-            self._scheduler.collect(scheduled)
-            if outcome is not None:
-                self._append(sequence, outcome)
-        self._status = self._describe()
-
-    @staticmethod
-    def _prompt_tokens_left(sequence: Sequence) -> int:
-        return max(0, sequence.num_prompt_tokens - sequence.num_computed_tokens)
+    def _take_outcome(self, scheduled: ScheduledSequence, outcome: Outcome) -> None:
+        """What a step brought for a sequence that has not ended."""
+        sequence = scheduled.sequence
+        if isinstance(outcome, Error):
+            self._end(sequence, outcome)
+            return
+        self._num_prompt_tokens += max(0, min(scheduled.num_tokens, sequence.num_prompt_tokens - scheduled.start))
+        self._scheduler.collect(scheduled)
+        if outcome is not None:
+            self._append(sequence, outcome)
 
     def _append(self, sequence: Sequence, sample: Sample) -> None:
         offset = sequence.num_output_tokens
@@ -324,14 +281,14 @@ class Engine:
 
     def status(self) -> WorkerStatus:
         """How the engine is doing, the age of the step at work included. For the I/O thread: it reads, nothing more."""
-        started_s = self._step_started_s
-        age_s = 0.0 if started_s is None else self._clock() - started_s
-        return msgspec.structs.replace(self._status, step_number=self._num_steps, step_age_ms=int(age_s * 1000))
+        steps = self._steps
+        age_ms = int(steps.step_age_s() * 1000)
+        return msgspec.structs.replace(self._status, step_number=steps.num_steps, step_age_ms=age_ms)
 
     def _describe(self) -> WorkerStatus:
         scheduler, adapters = self._scheduler, self._adapters
         return WorkerStatus(
-            step_number=self._num_steps,
+            step_number=self._steps.num_steps,
             step_age_ms=0,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -349,12 +306,6 @@ class Engine:
             waiting_adapters=adapters.names_of({s.generation for s in scheduler.waiting}),
             max_loras_per_batch=self._max_loras_per_batch,
         )
-
-
-def _checked(sample: Sample) -> Sample | Error:
-    if sample.failed:
-        return Error(ErrorCode.INTERNAL, "the model's output held values that are not numbers")
-    return sample
 
 
 def _origin(sequence: Sequence) -> tuple[Owner, int]:

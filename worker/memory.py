@@ -33,21 +33,24 @@ def plan_memory(
     block_bytes: int,
     chunk_bytes: int,
     available_bytes: int,
+    mem_fraction: float,
+    max_running_requests: int,
     takes_all: bool = False,
 ) -> MemoryPlan:
     """Divides the memory that is left. max_positions: the model's own longest context. Raises MemoryShortage.
 
+    mem_fraction and max_running_requests are config's, or their defaults on this device.
     takes_all: KV gets what is left of --mem-fraction, up to a full context for each of --max-running-requests.
     """
     wanted_len = config.context_length or max_positions
     if wanted_len > max_positions:
         raise MemoryShortage(f"--context-length {wanted_len} is over the model's {max_positions}")
-    budget = int(available_bytes * config.mem_fraction)
+    budget = int(available_bytes * mem_fraction)
     num_chunks = _num_chunks(config, budget // chunk_bytes)
     num_blocks = config.num_kv_blocks
     if num_blocks is None:
         each = wanted_len if takes_all else TOKENS_A_SEQUENCE
-        num_tokens = max(config.max_running_requests * each, wanted_len)
+        num_tokens = max(max_running_requests * each, wanted_len)
         num_blocks = min(-(-num_tokens // block_size), (budget - num_chunks * chunk_bytes) // block_bytes)
     num_tokens = num_blocks * block_size
     num_bytes = num_blocks * block_bytes + num_chunks * chunk_bytes

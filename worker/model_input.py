@@ -9,6 +9,7 @@ from kernels import AttentionPlan, DecodeGroup, PrefillSpan, Segments, kv_rows
 from protocol.messages import BASE_GENERATION
 from worker.adapter_pool import AdapterPool
 from worker.kv_cache import KVCache
+from worker.last_tokens import LastTokens
 from worker.layers.step import Lora, Step
 from worker.sequence import ScheduledSequence
 
@@ -24,22 +25,24 @@ class ModelInput:
 
 
 def build_model_input(
-    batch: list[ScheduledSequence], kv_cache: KVCache, lora: Lora | None, window: int | None
+    batch: list[ScheduledSequence],
+    kv_cache: KVCache,
+    lora: Lora | None,
+    window: int | None,
+    last_tokens: LastTokens,
 ) -> ModelInput:
     """The tensors of a batch (not empty). window: the model's sliding window, tokens."""
     block_size, device = kv_cache.block_size, kv_cache.data.device
-    token_ids: list[int] = []
+    codes: list[int] = []
     positions: list[int] = []
     blocks: list[int] = []
     sample_rows: list[int] = []
     fresh_blocks: list[int] = []
     for scheduled in batch:
         sequence = scheduled.sequence
-        start = sequence.num_computed_tokens
-        end = start + scheduled.num_tokens
-        assert 0 < scheduled.num_tokens <= sequence.num_uncomputed_tokens
-        assert end <= len(sequence.block_table) * block_size
-        token_ids += sequence.token_ids[start:end]
+        start, end = scheduled.start, scheduled.end
+        assert start < end <= len(sequence.block_table) * block_size
+        codes += last_tokens.codes(scheduled)
         positions += range(start, end)
         for position in range(start, end):
             block = sequence.block_table[position // block_size]
@@ -47,7 +50,7 @@ def build_model_input(
             if position % block_size == 0:
                 fresh_blocks.append(block)
         if scheduled.samples:
-            sample_rows.append(len(token_ids) - 1)
+            sample_rows.append(len(codes) - 1)
     positions_tensor = torch.tensor(positions, device=device)
     step = Step(
         positions=positions_tensor,
@@ -56,8 +59,8 @@ def build_model_input(
         kv_layers=kv_cache.layers,
         lora=lora,
     )
-    rows = None if len(sample_rows) == len(token_ids) else torch.tensor(sample_rows, dtype=torch.int64, device=device)
-    return ModelInput(torch.tensor(token_ids, device=device), step, rows, fresh_blocks)
+    rows = None if len(sample_rows) == len(codes) else torch.tensor(sample_rows, dtype=torch.int64, device=device)
+    return ModelInput(last_tokens.ids(torch.tensor(codes, device=device)), step, rows, fresh_blocks)
 
 
 def plan_attention(batch: list[ScheduledSequence], kv_cache: KVCache, window: int | None) -> AttentionPlan:
@@ -78,13 +81,13 @@ def plan_attention(batch: list[ScheduledSequence], kv_cache: KVCache, window: in
 
 def _length_class(scheduled: ScheduledSequence) -> int:
     """Decodes of one class attend together, each at the cost of the longest: contexts up to 256, 512, 1024, ..."""
-    return max(8, (_context_len(scheduled) - 1).bit_length())
+    return max(8, (scheduled.end - 1).bit_length())
 
 
 def _decode_group(group: list[tuple[int, ScheduledSequence]], kv_cache: KVCache, window: int | None) -> DecodeGroup:
     """A group from its rows and sequences."""
     sequences = [scheduled for _, scheduled in group]
-    lens = list(map(_context_len, sequences))
+    lens = [scheduled.end for scheduled in sequences]
     return DecodeGroup(
         rows=torch.tensor([row for row, _ in group], device=kv_cache.data.device),
         kv_rows=kv_rows(_decode_tables(sequences, max(lens), kv_cache), kv_cache.layers[0]),
@@ -93,13 +96,8 @@ def _decode_group(group: list[tuple[int, ScheduledSequence]], kv_cache: KVCache,
     )
 
 
-def _context_len(scheduled: ScheduledSequence) -> int:
-    """Tokens of the sequence that have KV when this step has run."""
-    return scheduled.sequence.num_computed_tokens + scheduled.num_tokens
-
-
 def _prefill_span(scheduled: ScheduledSequence, rows: slice, kv_cache: KVCache, window: int | None) -> PrefillSpan:
-    context_len, device = _context_len(scheduled), kv_cache.data.device
+    context_len, device = scheduled.end, kv_cache.data.device
     mask = None
     if scheduled.num_tokens < context_len or (window is not None and context_len > window):
         seen = torch.ones(scheduled.num_tokens, context_len, dtype=torch.bool, device=device)

@@ -4,38 +4,48 @@ import torch
 
 from worker.adapter_pool import AdapterPool
 from worker.kv_cache import KVCache
+from worker.last_tokens import LastTokens
+from worker.launched_step import LaunchedStep
 from worker.model_config import ModelConfig
 from worker.model_input import LoraPlanner, build_model_input
 from worker.models.decoder import Decoder
 from worker.sampler import Sampler
-from worker.sequence import Sample, ScheduledSequence
+from worker.sequence import ScheduledSequence
 
 
 class ModelRunner:
     """Owns what a step computes with: the model, the KV cache and the adapters. Sequences are only read."""
 
-    def __init__(self, model: Decoder, config: ModelConfig, kv_cache: KVCache, pool: AdapterPool | None = None) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        config: ModelConfig,
+        kv_cache: KVCache,
+        pool: AdapterPool | None = None,
+        *,
+        max_rows: int = 256,
+    ) -> None:
+        """max_rows: sequences in one step."""
         self.model = model
         self.kv_cache = kv_cache
         self.pool = pool
         self._planner = LoraPlanner(pool)
         self._window = config.sliding_window
         self._sampler = Sampler(config.eos_token_ids)
+        self._last_tokens = LastTokens(config.vocab_size, max_rows, kv_cache.data.device)
 
     @torch.inference_mode()
-    def run(self, batch: list[ScheduledSequence]) -> list[Sample]:
-        """Computes each entry's next num_tokens tokens, whose blocks its block table holds already.
-
-        Returns one Sample for each entry that samples, in the batch's order.
-        """
-        model_input = build_model_input(batch, self.kv_cache, self._planner.plan(batch), self._window)
+    def launch(self, batch: list[ScheduledSequence]) -> LaunchedStep:
+        """Computes each entry's next num_tokens tokens, whose blocks its block table holds already."""
+        model_input = build_model_input(
+            batch, self.kv_cache, self._planner.plan(batch), self._window, self._last_tokens
+        )
         if model_input.fresh_blocks:
             # Slots behind a context's end are masked by a factor of 0, which a NaN left by an earlier owner survives.
             self.kv_cache.data[model_input.fresh_blocks] = 0
         hidden = self.model.forward(model_input.token_ids, model_input.step)
-        sampled = [scheduled.sequence for scheduled in batch if scheduled.samples]
-        if not sampled:
-            return []
+        sampled = [scheduled for scheduled in batch if scheduled.samples]
         if model_input.sample_rows is not None:
             hidden = hidden[model_input.sample_rows]
-        return self._sampler.sample(self.model.logits(hidden).float(), sampled)
+        logits = self.model.logits(hidden) if sampled else hidden
+        return LaunchedStep(self._sampler, self._last_tokens, sampled, list(range(len(sampled))), logits)

@@ -4,6 +4,7 @@ Sequences with one token come first, filled up with rows of padding to a bucket,
 sizes; those with several tokens follow. A row of padding has no context and writes nowhere.
 """
 
+from array import array
 from dataclasses import dataclass
 
 import torch
@@ -11,15 +12,18 @@ from torch import Tensor
 
 from kernels import AdapterRows, PagedPlan, WorkList
 from kernels.gpu import launch
+from kernels.paged_plan import tiles_of
 from protocol.messages import BASE_GENERATION
 from worker.adapter_pool import AdapterPool
 from worker.kv_cache import KVCache
+from worker.last_tokens import LastTokens
 from worker.layers.step import Step
 from worker.model_config import ModelConfig
 from worker.sequence import ScheduledSequence
+from worker.step_buffers import NO_SLOT
+from worker.transfer import upload_arrays
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-NO_SLOT = -1
 # Tables grow by so many blocks: a kernel is compiled anew for a stride of another divisibility.
 TABLE_STEP = 16
 
@@ -31,53 +35,29 @@ class StepRows:
     decodes: list[ScheduledSequence]  # one row each
     num_padded: int  # rows of the decodes and the padding behind them
     prefills: list[ScheduledSequence]
-    token_ids: list[int]
-    positions: list[int]
-    slots: list[int]
-    sample_rows: list[int]  # in the order of the batch
+    first_rows: list[int]  # of the decodes, then of the prefills
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_padded + sum(scheduled.num_tokens for scheduled in self.prefills)
 
 
-def lay_out(batch: list[ScheduledSequence], block_size: int, buckets: tuple[int, ...] = BUCKETS) -> StepRows:
+def lay_out(batch: list[ScheduledSequence], buckets: tuple[int, ...] = BUCKETS) -> StepRows:
     """The rows of a batch (not empty)."""
     decodes = [scheduled for scheduled in batch if scheduled.num_tokens == 1]
-    prefills = [scheduled for scheduled in batch if scheduled.num_tokens > 1]
+    prefills = [scheduled for scheduled in batch if scheduled.num_tokens > 1] if len(decodes) < len(batch) else []
     num_padded = padded(len(decodes), buckets)
-    rows = StepRows(decodes, num_padded, prefills, [], [], [], [])
-    first_rows: dict[int, int] = {}
-    for scheduled in decodes:
-        first_rows[scheduled.sequence.sequence_id] = _append(rows, scheduled, block_size)
-    padding = num_padded - len(decodes)
-    rows.token_ids.extend([0] * padding)
-    rows.positions.extend([0] * padding)
-    rows.slots.extend([NO_SLOT] * padding)
+    first_rows = list(range(len(decodes)))
+    row = num_padded
     for scheduled in prefills:
-        first_rows[scheduled.sequence.sequence_id] = _append(rows, scheduled, block_size)
-    rows.sample_rows.extend(first_rows[s.sequence.sequence_id] + s.num_tokens - 1 for s in batch if s.samples)
-    return rows
+        first_rows.append(row)
+        row += scheduled.num_tokens
+    return StepRows(decodes, num_padded, prefills, first_rows)
 
 
 def padded(num_rows: int, buckets: tuple[int, ...]) -> int:
     """The bucket that holds so many rows; beyond the largest, the number itself."""
     return next((bucket for bucket in (0, *buckets) if bucket >= num_rows), num_rows)
-
-
-def _append(rows: StepRows, scheduled: ScheduledSequence, block_size: int) -> int:
-    """Adds a sequence's rows; the first of them."""
-    sequence, first = scheduled.sequence, len(rows.token_ids)
-    start = sequence.num_computed_tokens
-    end = start + scheduled.num_tokens
-    assert 0 < scheduled.num_tokens <= sequence.num_uncomputed_tokens
-    assert end <= len(sequence.block_table) * block_size
-    rows.token_ids.extend(sequence.token_ids[start:end])
-    rows.positions.extend(range(start, end))
-    table = sequence.block_table
-    rows.slots.extend(table[p // block_size] * block_size + p % block_size for p in range(start, end))
-    return first
-
-
-def context_len(scheduled: ScheduledSequence) -> int:
-    """Tokens of the sequence that have KV when this step has run."""
-    return scheduled.sequence.num_computed_tokens + scheduled.num_tokens
 
 
 # A generation, its chunks in the pool, its rows of the step.
@@ -87,14 +67,10 @@ Adapted = tuple[int, tuple[int, ...], list[int]]
 def adapted_rows(rows: StepRows, pool: AdapterPool | None) -> list[Adapted]:
     """Who goes through which adapter; empty if every row is the base model's."""
     by_generation: dict[int, list[int]] = {}
-    row = 0
-    for i, scheduled in enumerate((*rows.decodes, *rows.prefills)):
-        if i == len(rows.decodes):
-            row = rows.num_padded
-        if scheduled.sequence.generation != BASE_GENERATION:
-            of_generation = by_generation.setdefault(scheduled.sequence.generation, [])
-            of_generation.extend(range(row, row + scheduled.num_tokens))
-        row += scheduled.num_tokens
+    for scheduled, row in zip((*rows.decodes, *rows.prefills), rows.first_rows, strict=True):
+        generation = scheduled.sequence.generation
+        if generation != BASE_GENERATION:
+            by_generation.setdefault(generation, []).extend(range(row, row + scheduled.num_tokens))
     assert pool is not None or not by_generation, "an adapter's sequence came to a worker without adapters"
     return [(g, pool.resident(g).chunk_ids, of_generation) for g, of_generation in by_generation.items() if pool]
 
@@ -107,35 +83,81 @@ def work_of(adapted: list[Adapted]) -> list[AdapterRows]:
 def work_list(adapted: list[Adapted], num_rows: int, pool: AdapterPool, max_chunks: int) -> WorkList:
     """A work list for one step alone."""
     block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows)
-    work = WorkList(pool.scales, -(-num_rows // block_rows) + len(adapted) + 1, max_chunks, block_rows, long_rows)
+    max_segments = -(-num_rows // block_rows) + len(adapted) + 1
+    work = WorkList(pool.scales, max_segments, max_chunks, block_rows, long_rows, changes=False)
     work.update(num_rows, work_of(adapted))
     return work
 
 
-def eager_step(rows: StepRows, kv_cache: KVCache, config: ModelConfig) -> tuple[Tensor, Step]:
-    """Token ids and the step, without adapters, in tensors of their own."""
-    device = kv_cache.data.device
-    step = Step(
-        positions=torch.tensor(rows.positions, device=device),
-        slot_mapping=torch.tensor(rows.slots, device=device),
-        attention=_plan(rows, kv_cache, config),
-        kv_layers=kv_cache.layers,
-        lora=None,
-    )
-    return torch.tensor(rows.token_ids, device=device), step
+@dataclass(frozen=True, slots=True)
+class EagerStep:
+    """A step that is no graph's, in tensors of its own."""
+
+    codes: Tensor  # int64 [num_rows], for LastTokens
+    step: Step  # without adapters
+    sampled: list[ScheduledSequence]
+    sample_rows: Tensor  # int64 [len(sampled)]: where their logits come from
 
 
-def _plan(rows: StepRows, kv_cache: KVCache, config: ModelConfig) -> PagedPlan:
+def eager_step(rows: StepRows, kv_cache: KVCache, config: ModelConfig, last_tokens: LastTokens) -> EagerStep:
+    """Everything that the device must know of the rows, in one copy."""
+    block_size = kv_cache.block_size
     padding = rows.num_padded - len(rows.decodes)
-    context_lens = [*map(context_len, rows.decodes), *[0] * padding, *map(context_len, rows.prefills)]
+    codes, positions, slots, sample_rows = array("q"), array("q"), array("q"), array("q")
+    sampled = []
+    for scheduled, first_row in zip((*rows.decodes, *rows.prefills), rows.first_rows, strict=True):
+        if first_row == rows.num_padded:  # the first prefill
+            _pad(codes, positions, slots, padding)
+            padding = 0
+        start, end, table = scheduled.start, scheduled.end, scheduled.sequence.block_table
+        assert start < end <= len(table) * block_size
+        codes.extend(last_tokens.codes(scheduled))
+        positions.extend(range(start, end))
+        slots.extend(table[p // block_size] * block_size + p % block_size for p in range(start, end))
+        if scheduled.samples:
+            sampled.append(scheduled)
+            sample_rows.append(first_row + scheduled.num_tokens - 1)
+    _pad(codes, positions, slots, padding)
+    arrays = [codes, positions, slots, sample_rows, *_plan_arrays(rows, kv_cache, config)]
+    on_device = upload_arrays(arrays, kv_cache.data.device)
+    plan = _plan(rows, on_device[4:], config)
+    step = Step(on_device[1], on_device[2], plan, kv_cache.layers, None)
+    return EagerStep(on_device[0], step, sampled, on_device[3])
+
+
+def _pad(codes: "array[int]", positions: "array[int]", slots: "array[int]", padding: int) -> None:
+    codes.extend([0] * padding)
+    positions.extend([0] * padding)
+    slots.extend([NO_SLOT] * padding)
+
+
+def _plan_arrays(rows: StepRows, kv_cache: KVCache, config: ModelConfig) -> "list[array[int]]":
+    """Context lengths, block tables and tiles of the prefills."""
+    padding = rows.num_padded - len(rows.decodes)
+    entries = [*rows.decodes, *[None] * padding, *rows.prefills]
+    context_lens = [scheduled.end if scheduled else 0 for scheduled in entries]
     widest = -(-max(context_lens) // kv_cache.block_size)
     width = -(-widest // TABLE_STEP) * TABLE_STEP
-    flat: list[int] = []
-    for scheduled in (*rows.decodes, *[None] * padding, *rows.prefills):
+    tables = array("i")
+    for scheduled in entries:
         table = scheduled.sequence.block_table[:width] if scheduled else []
-        flat += table + [0] * (width - len(table))
-    tables = torch.tensor(flat, dtype=torch.int32, device=kv_cache.data.device).view(-1, width)
-    query_lens = [*[1] * rows.num_padded, *(scheduled.num_tokens for scheduled in rows.prefills)]
+        tables.extend(table)
+        tables.extend([0] * (width - len(table)))
     group_size = config.num_heads // config.num_kv_heads
     per_tile = launch.tokens_per_tile(group_size, config.head_dim, kv_cache.data.element_size())
-    return PagedPlan.of(tables, query_lens, context_lens, config.sliding_window, config.num_kv_heads, per_tile)
+    query_lens = [*[1] * rows.num_padded, *(scheduled.num_tokens for scheduled in rows.prefills)]
+    tiles = tiles_of(query_lens, context_lens, rows.num_padded, per_tile)
+    return [array("i", context_lens), tables, array("i", [number for tile in tiles for number in tile])]
+
+
+def _plan(rows: StepRows, on_device: list[Tensor], config: ModelConfig) -> PagedPlan:
+    context_lens, tables, tiles = on_device
+    num_semaphores = max(1, rows.num_padded) * config.num_kv_heads
+    return PagedPlan(
+        block_tables=tables.view(len(context_lens), -1),
+        context_lens=context_lens,
+        num_decodes=rows.num_padded,
+        tiles=tiles.view(-1, 4) if rows.prefills else None,
+        window=config.sliding_window,
+        semaphores=torch.zeros(num_semaphores, dtype=torch.int32, device=tables.device),
+    )

@@ -1,8 +1,12 @@
 """Scheduler: which tokens of which sequences the next step computes.
 
-Order is arrival. Running sequences that only need their next token go first and always; prompts share what the step's
-prefill budget leaves, so no answer waits for a prompt. When KV runs out, the sequence that arrived last gives its
+Order is arrival. Running sequences that only need their next token go first and always; prompts share the step's
+prefill budget, so no answer waits for a prompt. A prompt longer than the budget leaves half of it to shorter ones, so
+that these do not wait for a long one either. When KV runs out, the sequence that arrived last gives its
 blocks back and is computed again later; the oldest never has to, so every sequence comes to its end.
+
+The plan runs ahead of the tokens: a sequence whose newest token is pending is planned like any other. Blocks change
+hands at once, for what is launched later runs later.
 """
 
 import time
@@ -69,6 +73,7 @@ class Scheduler:
         self._clock = clock
         self._in_step: Counter[int] = Counter()  # running sequences of each adapter generation
         self._passed_since: dict[int, float] = {}  # sequence_id -> when it was first passed over
+        self._has_preempted = False  # in the step that is being planned
 
     def add(self, sequence: Sequence) -> Error | None:
         """Takes a sequence in, or says why it can never run."""
@@ -83,19 +88,20 @@ class Scheduler:
     def schedule(self) -> list[ScheduledSequence]:
         """The next step: answers first, then running prompts, then new sequences. Their blocks are allocated."""
         step: dict[int, ScheduledSequence] = {}
-        decodes = [sequence for sequence in self.running if sequence.num_uncomputed_tokens == 1]
-        prefills = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
+        self._has_preempted = False
+        unfinished = [sequence for sequence in self.running if not sequence.has_last_token]
+        decodes = [sequence for sequence in unfinished if sequence.num_uncomputed_tokens == 1]
         for sequence in decodes:
             self._extend(step, sequence, 1)
-        budget = self._max_prefill_tokens
-        for sequence in prefills:
-            budget -= self._extend(step, sequence, min(budget, sequence.num_uncomputed_tokens))
-        self._admit(step, budget)
+        is_running = SequenceStatus.RUNNING  # some may just have been preempted
+        prefills = [s for s in unfinished if s.num_uncomputed_tokens > 1 and s.status is is_running]
+        self._schedule_prefills(step, prefills)
         return list(step.values())
 
     def collect(self, scheduled: ScheduledSequence) -> None:
-        """Takes note that a sequence's share of the step was computed; call it before the new token is appended."""
-        self._blocks.commit(scheduled.sequence, scheduled.num_tokens)
+        """Takes note that a sequence's share of a step is done; call it before the new token is appended."""
+        if scheduled.sequence.status is SequenceStatus.RUNNING:  # else its blocks are others' by now
+            self._blocks.publish(scheduled.sequence, scheduled.start, scheduled.end)
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence wherever it is, and frees what it holds at once."""
@@ -117,6 +123,26 @@ class Scheduler:
         assert self._passed_since.keys() <= {sequence.sequence_id for sequence in self.waiting}
         self._blocks.check_integrity(self.running)
 
+    # ---------------------------------------------------------------------------------------------- prompts
+
+    def _schedule_prefills(self, step: dict[int, ScheduledSequence], prefills: list[Sequence]) -> None:
+        """Spends the prefill budget on running prompts and on new sequences."""
+        budget = self._max_prefill_tokens
+        long = prefills.pop(0) if prefills and prefills[0].num_uncomputed_tokens > budget else None
+        if long is not None:
+            budget -= self._extend(step, long, budget - budget // 2)
+        for sequence in prefills:
+            if long is None or sequence.num_uncomputed_tokens <= budget:
+                budget -= self._extend(step, sequence, min(budget, sequence.num_uncomputed_tokens))
+        # Who gave its blocks back must not come straight in again; and it may be part of the step before, which
+        # has come to its end when the next one is planned.
+        if not self._has_preempted:
+            budget = self._admit(step, budget, must_end=long is not None)
+        if long is not None and long.sequence_id in step and budget:  # what the others have left
+            num_tokens = min(step[long.sequence_id].num_tokens + budget, long.num_uncomputed_tokens)
+            if self._blocks.allocate(long, num_tokens):
+                step[long.sequence_id] = long.share(num_tokens)
+
     # ------------------------------------------------------------------------------------ running sequences
 
     def _extend(self, step: dict[int, ScheduledSequence], sequence: Sequence, num_tokens: int) -> int:
@@ -124,16 +150,18 @@ class Scheduler:
         if num_tokens == 0 or sequence.status is not SequenceStatus.RUNNING:  # preempted earlier in this step
             return 0
         while not self._blocks.allocate(sequence, num_tokens):
-            youngest = self.running[-1]
-            step.pop(youngest.sequence_id, None)
-            self._preempt(youngest)
-            if youngest is sequence:
+            # Who only waits for the last step's token to be known needs no blocks any more.
+            victim = next((other for other in self.running if other.has_last_token), self.running[-1])
+            step.pop(victim.sequence_id, None)
+            self._preempt(victim)
+            if victim is sequence:
                 return 0
-        step[sequence.sequence_id] = ScheduledSequence(sequence, num_tokens)
+        step[sequence.sequence_id] = sequence.share(num_tokens)
         return num_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
+        self._has_preempted = True
         sequence.status = SequenceStatus.WAITING
         sequence.num_preemptions += 1
         self.num_preemptions += 1
@@ -150,16 +178,21 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------- admission
 
-    def _admit(self, step: dict[int, ScheduledSequence], budget: int) -> None:
-        """Starts waiting sequences in order of arrival while budget, blocks and adapters allow."""
+    def _admit(self, step: dict[int, ScheduledSequence], budget: int, must_end: bool) -> int:
+        """Starts waiting sequences in order of arrival while budget, blocks and adapters allow.
+
+        must_end: only those that the budget is enough for. Returns what is left of it.
+        """
         refused: dict[int, Admission] = {}  # by generation: the same for whoever asks next in this step
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self._max_running:
-                return
+                break
+            if must_end and len(sequence.token_ids) > budget:
+                continue
             admission = refused.get(sequence.generation) or self._ask_adapter_limit(sequence.generation)
             if admission is Admission.GRANTED:
                 if not self._attach_blocks(sequence, budget):
-                    return  # without overtaking here, a long prompt gets its blocks in the end
+                    break  # without overtaking here, a long prompt gets its blocks in the end
                 admission = self._acquire(sequence)
             if admission is Admission.GRANTED:
                 scheduled = self._start(sequence, budget)
@@ -168,7 +201,8 @@ class Scheduler:
                 continue
             refused[sequence.generation] = admission
             if admission is Admission.FULL and self._waited_too_long(sequence):
-                return
+                break
+        return budget
 
     def _ask_adapter_limit(self, generation: int) -> Admission:
         if generation == BASE_GENERATION or generation in self._in_step or len(self._in_step) < self._max_adapters:
@@ -177,6 +211,7 @@ class Scheduler:
 
     def _attach_blocks(self, sequence: Sequence, budget: int) -> bool:
         """Gives a waiting sequence its first blocks, if all its tokens fit beside what running ones need next."""
+        assert not sequence.num_pending
         num_cached = self._blocks.attach_prefix(sequence)
         missing = self._blocks.blocks_for(len(sequence.token_ids)) - len(sequence.block_table)
         if missing + self._promised() <= self._blocks.num_free:
@@ -189,8 +224,8 @@ class Scheduler:
 
     def _promised(self) -> int:
         """Blocks that running sequences still need for the tokens they have and the next one."""
-        blocks_for = self._blocks.blocks_for
-        return sum(max(0, blocks_for(len(s.token_ids) + 1) - len(s.block_table)) for s in self.running)
+        blocks_for, unfinished = self._blocks.blocks_for, [s for s in self.running if not s.has_last_token]
+        return sum(max(0, blocks_for(s.num_tokens + 1) - len(s.block_table)) for s in unfinished)
 
     def _acquire(self, sequence: Sequence) -> Admission:
         if sequence.generation == BASE_GENERATION:
@@ -210,7 +245,7 @@ class Scheduler:
         if not sequence.num_preemptions:
             self.num_prefix_queries += sequence.num_prompt_tokens
             self.num_prefix_hits += sequence.num_cached_tokens
-        return ScheduledSequence(sequence, min(budget, sequence.num_uncomputed_tokens))
+        return sequence.share(min(budget, sequence.num_uncomputed_tokens))
 
     def _waited_too_long(self, sequence: Sequence) -> bool:
         now = self._clock()

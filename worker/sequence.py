@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import msgspec
+
 from protocol.messages import BASE_GENERATION
 from protocol.sampling import SamplingParams
 
@@ -19,8 +21,9 @@ class SequenceStatus(Enum):
 class Sequence:
     """One sequence in the worker.
 
-    0 <= num_cached_tokens and 0 <= num_computed_tokens <= len(token_ids), and the KV of the first
-    num_computed_tokens tokens stands in block_table.
+    Steps are launched before the tokens of the step before are known, so a sequence has known tokens and pending
+    ones. num_computed_tokens of both together, never the last, are computed by steps that are launched; their KV
+    stands in block_table when those are done, which whatever is launched later on the device may take as given.
     """
 
     sequence_id: int  # unique in the worker's life, increasing with arrival
@@ -34,36 +37,70 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_pending: int = 0  # tokens behind token_ids that launched steps choose and that the host does not know yet
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
     num_preemptions: int = 0
     arrival_s: float = 0.0  # monotonic
 
     @property
     def num_output_tokens(self) -> int:
+        """Of the answer, known ones."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_tokens(self) -> int:
+        """Known and pending."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        return len(self.token_ids) + self.num_pending - self.num_computed_tokens
+
+    @property
+    def has_last_token(self) -> bool:
+        """Whether max_tokens is reached, pending ones counted: no step is to be launched for it any more."""
+        return len(self.token_ids) + self.num_pending >= self.num_prompt_tokens + self.sampling.max_tokens
+
+    def share(self, num_tokens: int) -> "ScheduledSequence":
+        """Its next num_tokens tokens as its share of the next step."""
+        start = self.num_computed_tokens
+        return ScheduledSequence(self, start, num_tokens, num_tokens == self.num_uncomputed_tokens)
 
 
-@dataclass(slots=True, frozen=True)
-class ScheduledSequence:
-    """A sequence's share of one step: its next num_tokens tokens are computed.
+class ScheduledSequence(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """A sequence's share of one step: num_tokens tokens are computed from `start` on.
 
-    `samples` is true when they reach the end of token_ids, so that the step yields the sequence's next token.
+    `samples` is true when they reach the sequence's end, so that the step chooses its next token.
     """
 
     sequence: Sequence
+    start: int
     num_tokens: int
+    samples: bool
 
     @property
-    def samples(self) -> bool:
-        return self.num_tokens == self.sequence.num_uncomputed_tokens
+    def end(self) -> int:
+        """The first token that is not computed; the one that the step chooses, if it samples."""
+        return self.start + self.num_tokens
+
+    @property
+    def output_position(self) -> int:
+        """Which token of the answer the step chooses, if it samples."""
+        return self.start + self.num_tokens - self.sequence.num_prompt_tokens
+
+    def book(self) -> None:
+        """The step is launched: the share counts as computed."""
+        self.sequence.num_computed_tokens = self.start + self.num_tokens
+        self.sequence.num_pending += self.samples
+
+    def undo(self) -> None:
+        """Takes book back, the last step first. A sequence that was preempted since has nothing computed already."""
+        self.sequence.num_pending -= self.samples
+        if self.sequence.status is SequenceStatus.RUNNING:
+            self.sequence.num_computed_tokens = self.start
 
 
-@dataclass(slots=True, frozen=True)
-class Sample:
+class Sample(msgspec.Struct, frozen=True, gc=False):
     """The token that a step chose for one sequence.
 
     logprob and top are of the raw distribution (before temperature, penalties and filters), when asked for.

@@ -10,13 +10,15 @@ from protocol.sampling import SamplingParams
 from worker.adapter_pool import AdapterPool
 from worker.decode_graphs import DecodeGraphs
 from worker.kv_cache import KVCache
+from worker.last_tokens import LastTokens
+from worker.launched_step import LaunchedStep
 from worker.layers.side_stream import MAX_ROWS, SideStream
 from worker.layers.step import Lora
 from worker.model_config import ModelConfig
 from worker.models.decoder import Decoder
-from worker.paged_input import BUCKETS, Adapted, StepRows, adapted_rows, eager_step, lay_out, work_list
-from worker.sampler import Sampler, is_plain_greedy
-from worker.sequence import Sample, ScheduledSequence, Sequence
+from worker.paged_input import BUCKETS, Adapted, EagerStep, StepRows, adapted_rows, eager_step, lay_out, work_list
+from worker.sampler import Sampler
+from worker.sequence import ScheduledSequence, Sequence
 
 WARM_UP_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -32,9 +34,13 @@ class TritonRunner:
         pool: AdapterPool | None = None,
         *,
         max_chunks: int = 1,
+        max_rows: int = 256,
         graphs: DecodeGraphs | None = None,
     ) -> None:
-        """max_chunks: of one adapter. graphs: captured, of the same model, cache and pool."""
+        """max_chunks: of one adapter. max_rows: sequences in one step; with graphs, their LastTokens say it.
+
+        graphs: captured, of the same model, cache and pool.
+        """
         self.model = model
         self.kv_cache = kv_cache
         self.pool = pool
@@ -45,25 +51,27 @@ class TritonRunner:
         self._sampler = Sampler(config.eos_token_ids)
         device = kv_cache.data.device
         self._side = SideStream(device) if device.type == "cuda" else None
+        self._last_tokens = LastTokens(config.vocab_size, max_rows, device) if graphs is None else graphs.last_tokens
 
     @torch.inference_mode()
-    def run(self, batch: list[ScheduledSequence]) -> list[Sample]:
-        """Computes each entry's next num_tokens tokens, whose blocks its block table holds already.
+    def launch(self, batch: list[ScheduledSequence]) -> LaunchedStep:
+        """Enqueues the next num_tokens tokens of each entry, whose blocks its block table holds already.
 
-        Returns one Sample for each entry that samples, in the batch's order.
+        Nothing here waits for the device, so that the step is there before the one at work is done.
         """
-        rows = lay_out(batch, self.kv_cache.block_size, self._buckets)
+        rows = lay_out(batch, self._buckets)
         adapted = adapted_rows(rows, self.pool)
-        sampled = [scheduled.sequence for scheduled in batch if scheduled.samples]
+        sampled = [scheduled for scheduled in batch if scheduled.samples]
         if self._graphs is not None and self._graphs.fits(rows):
             tokens, logits = self._graphs.replay(rows, adapted)
-            order = rows.sample_rows
-            if all(map(is_plain_greedy, sampled)):
-                chosen = tokens.tolist()
-                return [_greedy_sample(chosen[row]) for row in order]
-            return self._sampler.sample(logits[order].float(), sampled)
-        hidden = self._forward(rows, adapted)
-        return self._choose(self.model.logits(hidden[rows.sample_rows]), sampled) if sampled else []
+            of_sampled = [row for row, scheduled in enumerate(batch) if scheduled.samples]
+            return LaunchedStep(self._sampler, self._last_tokens, sampled, of_sampled, logits, tokens)
+        eager = eager_step(rows, self.kv_cache, self._config, self._last_tokens)
+        hidden = self._forward(rows, eager, adapted)
+        logits, tokens = self._best(hidden, eager)
+        place = {scheduled.sequence.sequence_id: row for row, scheduled in enumerate(eager.sampled)}
+        of_sampled = [place[scheduled.sequence.sequence_id] for scheduled in sampled]
+        return LaunchedStep(self._sampler, self._last_tokens, sampled, of_sampled, logits, tokens)
 
     @torch.inference_mode()
     def warm_up(self, max_tokens: int) -> None:
@@ -74,27 +82,27 @@ class TritonRunner:
             blocks = list(range(-(-num_tokens // block_size)))
             sampling = SamplingParams(max_tokens=1, temperature=0.0)
             sequence = Sequence(0, [0] * num_tokens, num_tokens, sampling, 0, block_table=blocks)
-            rows = lay_out([ScheduledSequence(sequence, num_tokens)], block_size, self._buckets)
-            hidden = self._forward(rows, [])
+            rows = lay_out([sequence.share(num_tokens)], self._buckets)
+            eager = eager_step(rows, self.kv_cache, self._config, self._last_tokens)
+            self._best(self._forward(rows, eager, []), eager)
             if self.pool is not None:
-                hidden = self._forward(rows, [(0, (0,), list(range(num_tokens)))])
-            self._choose(self.model.logits(hidden[rows.sample_rows]), [sequence])
+                self._forward(rows, eager, [(0, (0,), list(range(num_tokens)))])
 
-    def _forward(self, rows: StepRows, adapted: list[Adapted]) -> Tensor:
-        token_ids, step = eager_step(rows, self.kv_cache, self._config)
+    def _forward(self, rows: StepRows, eager: EagerStep, adapted: list[Adapted]) -> Tensor:
+        """Hidden states [num_rows, hidden_size]."""
+        step = eager.step
         if adapted:
             assert self.pool is not None
-            work = work_list(adapted, len(rows.token_ids), self.pool, self._max_chunks)
-            side = self._side if len(rows.token_ids) <= MAX_ROWS else None
+            work = work_list(adapted, rows.num_rows, self.pool, self._max_chunks)
+            side = self._side if rows.num_rows <= MAX_ROWS else None
             step = dataclasses.replace(step, lora=Lora(self.pool.chunks, work, side))
-        return self.model.forward(token_ids, step)
+        return self.model.forward(self._last_tokens.ids(eager.codes), step)
 
-    def _choose(self, logits: Tensor, sequences: list[Sequence]) -> list[Sample]:
-        if all(map(is_plain_greedy, sequences)):
-            return [_greedy_sample(token) for token in reference.argmax(logits).tolist()]
-        return self._sampler.sample(logits.float(), sequences)
-
-
-def _greedy_sample(token: int) -> Sample:
-    """token as kernels.reference.argmax has it."""
-    return Sample(max(token, 0), failed=token < 0)
+    def _best(self, hidden: Tensor, eager: EagerStep) -> tuple[Tensor, Tensor]:
+        """Logits and best tokens of the rows that sample; the next step finds them."""
+        if not eager.sampled:
+            return hidden[:0], torch.empty(0, dtype=torch.int64, device=hidden.device)
+        logits = self.model.logits(hidden.index_select(0, eager.sample_rows))
+        tokens = reference.argmax(logits)
+        self._last_tokens.keep(tokens)
+        return logits, tokens

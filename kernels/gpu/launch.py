@@ -174,8 +174,14 @@ def long_rows(num_rows: int) -> int:
 
 def num_items(work: WorkList, num_columns: int, block: int, long_block: int) -> int:
     """The most work items of a kernel that walks over segments in pieces of so many columns."""
-    items = work.short.max_segments * -(-num_columns // block)
-    return items + (work.long.max_segments * -(-num_columns // long_block) if work.long else 0)
+    items = work.short.num_segments * -(-num_columns // block)
+    return items + (work.long.num_segments * -(-num_columns // long_block) if work.long else 0)
+
+
+def work_grid(work: WorkList, device: torch.device, most_items: int, programs_per_sm: int) -> tuple[int, ...]:
+    """A grid for a kernel that walks over a work list: a program an item where their number is known, so that none
+    starts in vain and the GPU deals them out; else as many as the GPU holds."""
+    return persistent_grid(device, most_items, programs_per_sm) if work.changes else (max(1, most_items),)
 
 
 def is_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -224,7 +230,7 @@ def expand_shape(num_columns: int, rows: int) -> Shape:
 def long_silu_shape(num_columns: int, element_size: int) -> LongShape:
     if element_size > 2:
         return LongShape(min(32, padded(num_columns)), 4, 8)
-    return LongShape(min(64, padded(num_columns)), 4, 4, 168)
+    return LongShape(min(64, padded(num_columns)), 2, 4, 168)
 
 
 def long_expand_shape(num_columns: int, element_size: int) -> LongShape:
@@ -253,7 +259,7 @@ def shrink_shape(in_features: int, num_sums: int) -> ShrinkShape:
 def long_shrink_shape(
     in_features: int, max_rows: int, rows: int, element_size: int, device: torch.device
 ) -> ShrinkShape:
-    """Of long segments: just enough work items to fill the GPU. Splits are powers of two: few kernels to compile."""
+    """Of long segments: just enough work items to fill the GPU. Splits are powers of two: even pieces, as a rule."""
     block_k = 64 if element_size <= 2 else 32
     num_loads = -(-in_features // block_k)
     most = min(num_sms(device) // -(-max_rows // rows), num_loads // 4)

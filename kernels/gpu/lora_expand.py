@@ -94,7 +94,7 @@ def lora_expand(y: Tensor, s: Tensor, chunks: Tensor, site: LoraSite, work: Work
     num_items = launch.num_items(work, out_features, shape.block, long_shape.block)
     launch.start(
         _lora_expand,
-        launch.persistent_grid(y.device, num_items, 8),
+        launch.work_grid(work, y.device, num_items, 8),
         y, s, chunks, short.records, short.counts, short.scales, long.records, long.counts, long.scales, y.stride(0),
         chunks.stride(0), site.b_offset, short.scales.stride(0),
         site.layer * short.scales.shape[2] + site.first_module,

@@ -16,21 +16,19 @@ _NUM_TASKS = tl.constexpr(work_list.NUM_TASKS)
 
 
 @triton.jit
-def _store_part(
-    total, s, partials, place, mask, split, semaphore, plane_size, NUM_SPLITS: tl.constexpr, AT_ONCE: tl.constexpr
-):
+def _store_part(total, s, partials, place, mask, split, semaphore, plane_size, num_splits, AT_ONCE: tl.constexpr):
     """One split's part of s. The last to arrive adds all parts, always in the same order, reading AT_ONCE of them."""
-    if NUM_SPLITS == 1:
+    if num_splits == 1:
         tl.store(s + place, total, mask=mask)
     else:
         tl.store(partials + split * plane_size + place, total, mask=mask)
         tl.debug_barrier()
-        if tl.atomic_add(semaphore, 1, sem="acq_rel") == NUM_SPLITS - 1:
+        if tl.atomic_add(semaphore, 1, sem="acq_rel") == num_splits - 1:
             total = tl.zeros_like(total)
-            for first in tl.range(0, NUM_SPLITS, AT_ONCE):
+            for first in tl.range(0, num_splits, AT_ONCE):
                 for i in tl.static_range(AT_ONCE):
                     part = partials + (first + i) * plane_size + place
-                    total += tl.load(part, mask=mask & (first + i < NUM_SPLITS), other=0.0, cache_modifier=".cg")
+                    total += tl.load(part, mask=mask & (first + i < num_splits), other=0.0, cache_modifier=".cg")
             tl.store(s + place, total, mask=mask)
             tl.store(semaphore, 0)
 
@@ -76,12 +74,16 @@ def _shrink_module(
 
 @triton.jit
 def _shrink_all_modules(
-    x, chunks, s, partials, records, tasks, scales, semaphores, task, split, x_stride, chunk_stride, a_offset,
-    scales_stride, scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr,
-    RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr, NUM_SPLITS: tl.constexpr, PADDED: tl.constexpr, IS_EARLY: tl.constexpr,
+    x, chunks, s, partials, records, tasks, scales, semaphores, task, split, num_blocks, num_splits, x_stride,
+    chunk_stride, a_offset, scales_stride, scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PADDED: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A long segment through all modules of a chunk: [BLOCK_ROWS, PADDED ranks]. x is read once."""
+    """A long segment through all modules of a chunk: [BLOCK_ROWS, PADDED ranks]. x is read once.
+
+    Into how many splits and blocks its columns are cut depends on the step: no constants, so that one compiled kernel
+    serves every step.
+    """
     WIDTH: tl.constexpr = NUM_MODULES * RANK
     ranks = tl.arange(0, PADDED)
     segment = tl.load(tasks + 4 * task)
@@ -94,12 +96,12 @@ def _shrink_all_modules(
     wait_for_kernel_before(IS_EARLY)
     if tl.max(is_live.to(tl.int32), 0) > 0:
         is_row = rows >= 0
-        columns = split * (NUM_BLOCKS * BLOCK_K) + tl.arange(0, BLOCK_K)
+        columns = split * (num_blocks * BLOCK_K) + tl.arange(0, BLOCK_K)
         a_tile = chunks + chunk * chunk_stride + a_offset + ranks[None, :] * K + columns[:, None]
         x_tile = x + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
         total = tl.zeros((BLOCK_ROWS, PADDED), tl.float32)
-        for block in tl.range(NUM_BLOCKS):
-            if K % (NUM_BLOCKS * BLOCK_K) == 0:
+        for block in tl.range(num_blocks):
+            if EVEN:
                 a = tl.load(a_tile + block * BLOCK_K, mask=is_live[None, :], other=0.0)
                 values = tl.load(x_tile + block * BLOCK_K, mask=is_row[:, None], other=0.0)
             else:
@@ -109,27 +111,27 @@ def _shrink_all_modules(
             total = tl.dot(values, a, total, input_precision="tf32x3")
         place = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)[:, None] + i * WIDTH + ranks[None, :]
         mask = is_row[:, None] & is_live[None, :]
-        _store_part(total, s, partials, place, mask, split, semaphores + task, plane_size, NUM_SPLITS, 256 // PADDED)
+        _store_part(total, s, partials, place, mask, split, semaphores + task, plane_size, num_splits, 256 // PADDED)
 
 
-@triton.jit(do_not_specialize=["scale_index"])
+@triton.jit(do_not_specialize=["scale_index", "long_blocks", "long_splits"])
 def _lora_shrink(
     x, chunks, s, partials, records, tasks, counts, scales, semaphores, long_records, long_tasks, long_counts,
-    long_scales, long_semaphores, x_stride, chunk_stride, a_offset, scales_stride, scale_index, plane_size,
-    K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, NUM_BLOCKS: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    LONG_RECORD: tl.constexpr, LONG_ROWS: tl.constexpr, LONG_K: tl.constexpr, LONG_BLOCKS: tl.constexpr,
-    LONG_SPLITS: tl.constexpr, PADDED: tl.constexpr, IS_EARLY: tl.constexpr,
+    long_scales, long_semaphores, long_blocks, long_splits, x_stride, chunk_stride, a_offset, scales_stride,
+    scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr,
+    RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, LONG_RECORD: tl.constexpr, LONG_ROWS: tl.constexpr, LONG_K: tl.constexpr,
+    EVEN: tl.constexpr, PADDED: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_start(IS_EARLY)
     num_long = 0
     if LONG_ROWS > 0:
-        num_long = tl.load(long_counts + _NUM_TASKS) * LONG_SPLITS
+        num_long = tl.load(long_counts + _NUM_TASKS) * long_splits
         for item in tl.range(tl.program_id(0), num_long, tl.num_programs(0)):
             _shrink_all_modules(
-                x, chunks, s, partials, long_records, long_tasks, long_scales, long_semaphores, item // LONG_SPLITS,
-                item % LONG_SPLITS, x_stride, chunk_stride, a_offset, scales_stride, scale_index, plane_size, K,
-                NUM_MODULES, MAX_CHUNKS, RANK, LONG_RECORD, LONG_ROWS, LONG_K, LONG_BLOCKS, LONG_SPLITS, PADDED,
+                x, chunks, s, partials, long_records, long_tasks, long_scales, long_semaphores, item // long_splits,
+                item % long_splits, long_blocks, long_splits, x_stride, chunk_stride, a_offset, scales_stride,
+                scale_index, plane_size, K, NUM_MODULES, MAX_CHUNKS, RANK, LONG_RECORD, LONG_ROWS, LONG_K, EVEN, PADDED,
                 IS_EARLY,
             )  # fmt: skip
     num_short = tl.load(counts + _NUM_TASKS) * NUM_MODULES * NUM_SPLITS
@@ -159,22 +161,23 @@ def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, work: WorkList) -> Te
     long_shape = shape
     if work.long:
         long_shape = launch.long_shrink_shape(in_features, num_rows, long.block_rows, x.element_size(), x.device)
-    num_items = short.max_tasks * num_modules * shape.num_splits
+    num_items = short.num_tasks * num_modules * shape.num_splits
     if work.long:
-        num_items += long.max_tasks * long_shape.num_splits
+        num_items += long.num_tasks * long_shape.num_splits
     num_planes = max(shape.num_splits, long_shape.num_splits)
     partials = torch.empty(num_planes, s.numel(), dtype=torch.float32, device=x.device) if num_planes > 1 else s
     launch.start(
-        _lora_shrink, launch.persistent_grid(x.device, num_items, 6),
+        _lora_shrink, launch.work_grid(work, x.device, num_items, 6),
         x, chunks, s, partials, short.records, short.tasks, short.counts, short.scales, short.semaphores,
-        long.records, long.tasks, long.counts, long.scales, long.semaphores, x.stride(0), chunks.stride(0),
+        long.records, long.tasks, long.counts, long.scales, long.semaphores, long_shape.num_blocks,
+        long_shape.num_splits, x.stride(0), chunks.stride(0),
         site.a_offset, short.scales.stride(0), site.layer * short.scales.shape[2] + site.first_module, s.numel(),
         num_warps=long_shape.num_warps, num_stages=long_shape.num_stages, early=True,
         K=in_features, NUM_MODULES=num_modules,
         MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
         BLOCK_K=shape.block_k, NUM_BLOCKS=shape.num_blocks, NUM_SPLITS=shape.num_splits,
         LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, LONG_K=long_shape.block_k,
-        LONG_BLOCKS=long_shape.num_blocks, LONG_SPLITS=long_shape.num_splits,
+        EVEN=in_features % (long_shape.block_k * long_shape.num_blocks) == 0,
         PADDED=launch.padded(num_modules * site.chunk_rank),
     )  # fmt: skip
     return s

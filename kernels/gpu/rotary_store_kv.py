@@ -278,7 +278,7 @@ def rotary_store_kv(
     assert isinstance(work, WorkList) and sum(site.out_features) == row_size
     short, long = work.tables
     launch.start(
-        _rotary_store_kv_lora, launch.persistent_grid(qkv.device, launch.num_items(work, all_heads, 1, 1), 12),
+        _rotary_store_kv_lora, launch.work_grid(work, qkv.device, launch.num_items(work, all_heads, 1, 1), 12),
         *tensors, delta.s, delta.chunks, short.records, short.counts, short.scales, long.records, long.counts,
         long.scales, *strides, delta.chunks.stride(0), site.b_offset, short.scales.stride(0),
         site.layer * short.scales.shape[2] + site.first_module, eps,

@@ -161,7 +161,7 @@ def silu_and_mul(gate_up: Tensor, delta: LoraDelta | None = None) -> Tensor:
     long_shape = launch.long_silu_shape(size, y.element_size())
     num_items = launch.num_items(work, size, shape.block, long_shape.block * long_shape.tiles)
     launch.start(
-        _silu_and_mul_lora, launch.persistent_grid(y.device, num_items, 8),
+        _silu_and_mul_lora, launch.work_grid(work, y.device, num_items, 8),
         gate_up, y, delta.s, delta.chunks, short.records, short.counts, short.scales, long.records, long.counts,
         long.scales, gate_up.stride(0), delta.chunks.stride(0), site.b_offset, short.scales.stride(0),
         site.layer * short.scales.shape[2] + site.first_module,

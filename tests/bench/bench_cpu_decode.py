@@ -29,7 +29,7 @@ from worker.kv_cache import KVCache
 from worker.model_config import ModelConfig, Rope
 from worker.model_runner import ModelRunner
 from worker.models.decoder import Decoder
-from worker.sequence import ScheduledSequence, Sequence
+from worker.sequence import Sequence
 from worker.weights import load_model
 
 CPU = torch.device("cpu")
@@ -131,7 +131,7 @@ class Bench:
         )
 
     def _step(self, sequences: list[Sequence]) -> None:
-        samples = self.runner.run([ScheduledSequence(sequence, 1) for sequence in sequences])
+        samples = self.runner.launch([sequence.share(1) for sequence in sequences]).collect()
         for sequence, sample in zip(sequences, samples, strict=True):
             sequence.num_computed_tokens += 1
             sequence.token_ids.append(sample.token_id)

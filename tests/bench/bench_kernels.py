@@ -109,7 +109,9 @@ def sites() -> tuple[list[dict[str, LoraSite]], int]:
 
 
 def lora_kernels(chunks: Tensor, layers: list[dict[str, LoraSite]], m: int, k: int) -> Iterator[Row]:
-    work = WorkList(torch.ones(len(chunks), LAYERS, 7, device="cuda"), m, 4, launch.block_rows(m), launch.long_rows(m))
+    slot_scales = torch.ones(len(chunks), LAYERS, 7, device="cuda")
+    # Steps of so many rows are not replayed from graphs: see worker.paged_input.
+    work = WorkList(slot_scales, m, 4, launch.block_rows(m), launch.long_rows(m), changes=not launch.long_rows(m))
     work.update(m, [AdapterRows(range(i, m, k), i, (i,)) for i in range(k)])
     inputs = {size: randn(LAYERS, m, size) for size in (HIDDEN, INTERMEDIATE)}
     for name, (in_features, outs) in GROUPS.items():

@@ -82,7 +82,7 @@ class Case:
     def relist(self) -> None:
         """The work list and the shrink buffers, for what launch says now."""
         m = self.rows
-        self.work = WorkList(self.slot_scales, m, MAX_CHUNKS, launch.block_rows(m), launch.long_rows(m))
+        self.work = WorkList(self.slot_scales, m, MAX_CHUNKS, launch.block_rows(m), launch.long_rows(m), False)
         self.work.update(m, self.adapters)
         self.s = {name: [self.shrink(name, i) for i in range(self.layers)] for name in GROUPS}
 
@@ -196,7 +196,7 @@ def shapes(op: str, rows: int) -> list[tuple[str, dict[str, object]]]:
             tried.append((label, {"long_shrink_shape": shape, "long_rows": lambda m, r=block_rows: r}))
     elif op in ("silu", "expand"):
         name = f"long_{op}_shape"
-        for block, tiles, warps, registers in itertools.product((32, 64, 128), (1, 4), (4, 8), (None, 128, 168)):
+        for block, tiles, warps, registers in itertools.product((32, 64, 128), (1, 2), (4, 8), (None, 128, 168)):
             if block * 4 > 64 * warps or (op == "expand" and (tiles > 1 or registers)):
                 continue
             chosen = LongShape(block, tiles, warps, registers)

@@ -2,9 +2,9 @@
 
     python -m tests.bench.bench_step [--rows 16 64] [--adapters 0 8] [--breakdown] [--lora-off] [--csv FILE]
 
-A step is what the worker runs: rows laid out, inputs copied, one graph replayed, tokens read back. Its floor is the
-bytes of weights and KV at 4.2 TB/s, or 790 TFLOP/s. GPU busy is the graph's own time, replayed back to back, over the
-step's. Adapters are dealt to the rows round robin.
+A step is what the worker runs, one step ahead: rows laid out, inputs copied, one graph replayed, and meanwhile the
+tokens of the step before read back. Its floor is the bytes of weights and KV at 4.2 TB/s, or 790 TFLOP/s. GPU busy is
+the graph's own time, replayed back to back, over the step's. Adapters are dealt to the rows round robin.
 
 --breakdown: what the profiler sees of some steps, by kind of kernel. Kernels of two streams overlap: the kinds less
 the overlap, and the gaps, make the step. --lora-off: base steps of a worker with adapters over those of one without.

@@ -14,10 +14,12 @@ from worker.adapter_weights import PackedAdapter
 from worker.chunk_layout import MODULES
 from worker.decode_graphs import DecodeGraphs
 from worker.kv_cache import KVCache
+from worker.last_tokens import LastTokens
+from worker.launched_step import LaunchedStep
 from worker.layers.ops import triton_ops
 from worker.model_config import ModelConfig, Rope
 from worker.models.decoder import Decoder
-from worker.sequence import ScheduledSequence, Sequence
+from worker.sequence import Sequence
 from worker.triton_runner import TritonRunner
 
 DEVICE = torch.device("cuda")
@@ -99,6 +101,7 @@ class GpuModel:
             LLAMA_8B,
             self.cache,
             pool,
+            LastTokens(LLAMA_8B.vocab_size, max_rows, DEVICE),
             max_rows=max_rows,
             max_chunks=self.num_chunks,
             max_model_len=MAX_MODEL_LEN,
@@ -127,21 +130,32 @@ def sequence(index: int, generation: int, num_tokens: int, num_computed: int, bl
 
 
 def run_steps(runner: TritonRunner, sequences: list[Sequence], num_tokens: int, num_steps: int) -> list[float]:
-    """Milliseconds of each of so many steps, run as the engine runs them. The one place that knows how.
+    """Milliseconds from step to step, run as the engine runs them: one ahead. The one place that knows how.
 
     num_tokens: of each sequence in a step. After a decode step (1 token) the sequences have grown; a prompt's step is
     the same each time.
     """
-    batch = [ScheduledSequence(each, num_tokens) for each in sequences]
-    times = []
-    for _ in range(num_steps):
-        start = time.perf_counter()
-        samples = runner.run(batch)
-        times.append(1e3 * (time.perf_counter() - start))
-        if num_tokens == 1:
-            for each, sample in zip(sequences, samples, strict=True):
-                each.num_computed_tokens += 1
-                each.token_ids.append(sample.token_id)
+    times: list[float] = []
+    under_way: LaunchedStep | None = None
+    last_s = time.perf_counter()
+    for i in range(num_steps + 1):
+        launched = None
+        if i < num_steps:
+            launched = runner.launch([each.share(num_tokens) for each in sequences])
+            if num_tokens == 1:
+                for each in sequences:
+                    each.num_computed_tokens += 1
+                    each.num_pending += 1
+        if under_way is not None:
+            samples = under_way.collect()
+            now = time.perf_counter()
+            times.append(1e3 * (now - last_s))
+            last_s = now
+            if num_tokens == 1:
+                for each, sample in zip(sequences, samples, strict=True):
+                    each.num_pending -= 1
+                    each.token_ids.append(sample.token_id)
+        under_way = launched
     return times
 
 

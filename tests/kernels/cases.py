@@ -73,8 +73,8 @@ class LoraCase:
     def adapters(self) -> list[AdapterRows]:
         return [AdapterRows(self.rows[i], i, self.chunk_ids[i]) for i in self.used]
 
-    def work_list(self, block_rows: int = 8, long_rows: int = 0) -> WorkList:
-        work = WorkList(self.scales, self.num_rows, max(map(len, self.chunk_ids)), block_rows, long_rows)
+    def work_list(self, block_rows: int = 8, long_rows: int = 0, changes: bool = True) -> WorkList:
+        work = WorkList(self.scales, self.num_rows, max(map(len, self.chunk_ids)), block_rows, long_rows, changes)
         work.update(self.num_rows, self.adapters())
         return work
 

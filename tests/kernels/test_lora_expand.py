@@ -98,6 +98,18 @@ def test_silu_and_mul_of_long_segments(size: int, dtype: torch.dtype) -> None:
     assert torch.equal(y[base_rows(case)], silu_and_mul(gate_up)[base_rows(case)])
 
 
+def test_a_work_list_that_stays_as_it_is_gives_the_same() -> None:
+    """A program for each item instead of some for all: no bit differs."""
+    case = lora_case(MIXED, MIXED_RANKS, 64, (72, 72), torch.float32, seed=6)
+    x, gate_up = randn(7, len(MIXED), 64, dtype=torch.float32), randn(8, len(MIXED), 144, dtype=torch.float32)
+    outs = []
+    for changes in (True, False):
+        work = case.work_list(long_rows=64, changes=changes)
+        s = lora_shrink(x, case.chunks, case.site, work)
+        outs.append(silu_and_mul(gate_up, LoraDelta(s, case.chunks, case.site, work)))
+    assert torch.equal(outs[0], outs[1])
+
+
 @pytest.mark.parametrize("long_rows", [0, 8])
 def test_a_work_list_is_used_again_for_other_mixes(long_rows: int) -> None:
     """What a captured graph sees: the same addresses with one adapter, none, many, fewer."""

@@ -9,6 +9,7 @@ import torch
 from protocol.sampling import SamplingParams
 from worker.adapter_pool import AdapterPool
 from worker.kv_cache import KVCache
+from worker.launched_step import LaunchedStep
 from worker.model_runner import ModelRunner
 from worker.sequence import Sample, ScheduledSequence, Sequence
 from worker.weights import load_model
@@ -28,6 +29,7 @@ class Driver:
     free: list[int]
     samples: dict[int, list[Sample]] = field(default_factory=dict)
     num_made: int = 0
+    in_flight: list[tuple[list[ScheduledSequence], LaunchedStep]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -50,16 +52,34 @@ class Driver:
 
     def step(self, batch: list[tuple[Sequence, int]]) -> None:
         """Runs one step of (sequence, num_tokens) and books its results as an engine would."""
-        scheduled = [ScheduledSequence(sequence, num_tokens) for sequence, num_tokens in batch]
+        self.launch(batch)
+        self.collect()
+
+    def step_ahead(self, batch: list[tuple[Sequence, int]]) -> None:
+        """Launches a step, then collects the one before."""
+        self.launch(batch)
+        while len(self.in_flight) > 1:
+            self.collect()
+        self.in_flight[0][1].sample_late()
+
+    def launch(self, batch: list[tuple[Sequence, int]]) -> None:
+        """Launches a step of (sequence, num_tokens) and books it."""
         block_size = self.runner.kv_cache.block_size
         for sequence, num_tokens in batch:
             while len(sequence.block_table) * block_size < sequence.num_computed_tokens + num_tokens:
                 sequence.block_table.append(self.free.pop())
-        sampled = [entry.sequence for entry in scheduled if entry.samples]
-        samples = self.runner.run(scheduled)
-        for sequence, num_tokens in batch:
-            sequence.num_computed_tokens += num_tokens
-        for sequence, sample in zip(sampled, samples, strict=True):
+        shares = [sequence.share(num_tokens) for sequence, num_tokens in batch]
+        self.in_flight.append((shares, self.runner.launch(shares)))
+        for share in shares:
+            share.book()
+
+    def collect(self) -> None:
+        """Takes in the oldest step that was launched."""
+        shares, step = self.in_flight.pop(0)
+        step.sample_late()
+        sampled = [share.sequence for share in shares if share.samples]
+        for sequence, sample in zip(sampled, step.collect(), strict=True):
+            sequence.num_pending -= 1
             sequence.token_ids.append(sample.token_id)
             self.samples[sequence.sequence_id].append(sample)
 

@@ -3,6 +3,7 @@
 import hashlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from worker.block_manager import BlockManager
 from worker.engine import Engine
 from worker.mailbox import Mail, Message, Outbox, Owner
 from worker.scheduler import Scheduler
-from worker.sequence import Sample, ScheduledSequence
+from worker.sequence import Sample, ScheduledSequence, SequenceStatus
 
 OWNER: Owner = (b"g" * 16, 1)
 EOS = 1
@@ -31,17 +32,19 @@ MODEL = ModelCard(
 )
 
 
-def next_token(token_ids: list[int], content: str) -> int:
-    """What the fake model says after these tokens under an adapter of this content; never the end of text."""
+def next_token(token_ids: list[int], content: str, eos_odds: int = 0) -> int:
+    """What the fake model says after these tokens under an adapter of this content; the end once in eos_odds."""
     digest = hashlib.sha256(repr((token_ids, content)).encode()).digest()
+    if eos_odds and digest[4] % eos_odds == 0:
+        return EOS
     return 2 + int.from_bytes(digest[:4]) % (MODEL.vocab_size - 2)
 
 
-def answer(prompt: list[int], num_tokens: int, content: str = "") -> list[int]:
+def answer(prompt: list[int], num_tokens: int, content: str = "", eos_odds: int = 0) -> list[int]:
     """The whole answer that any history must lead to."""
     token_ids = list(prompt)
-    for _ in range(num_tokens):
-        token_ids.append(next_token(token_ids, content))
+    while len(token_ids) < len(prompt) + num_tokens and (token_ids[-1] != EOS or len(token_ids) == len(prompt)):
+        token_ids.append(next_token(token_ids, content, eos_odds))
     return token_ids[len(prompt) :]
 
 
@@ -89,21 +92,25 @@ class FakeLoader:
 
 
 class FakePool:
-    """Like AdapterPool: refuses chunks that belong to another."""
+    """Like AdapterPool: refuses chunks that belong to another, and writes behind what is launched."""
 
     def __init__(self) -> None:
         self.contents: dict[int, str] = {}
         self.chunks: dict[int, int] = {}
+        self.memory: dict[int, str] = {}  # what the device has in each chunk
         self.broken = False
         self.slow = False  # copies do not arrive
+        self.wait_for_steps: Callable[[], None] = lambda: None
 
     def upload(self, generation: int, packed: FakePacked, chunk_ids: tuple[int, ...]) -> None:
         if self.broken:
             raise MemoryError
         assert generation not in self.contents and len(chunk_ids) == len(packed.chunks)
         assert not self.chunks.keys() & set(chunk_ids)
+        self.wait_for_steps()
         self.contents[generation] = packed.digest
         self.chunks |= dict.fromkeys(chunk_ids, generation)
+        self.memory |= dict.fromkeys(chunk_ids, packed.digest)
 
     def is_ready(self, generation: int) -> bool:
         return generation in self.contents and not self.slow
@@ -112,34 +119,116 @@ class FakePool:
         del self.contents[generation]
         self.chunks = {chunk: owner for chunk, owner in self.chunks.items() if owner != generation}
 
+    def chunk_ids(self, generation: int) -> list[int]:
+        """Of a resident adapter."""
+        assert generation in self.contents, "an adapter that is not there"
+        return [chunk for chunk, owner in self.chunks.items() if owner == generation]
+
+
+@dataclass
+class FakeShare:
+    """What the device is told of a share when its step is launched, and nothing more."""
+
+    sequence_id: int
+    start: int
+    end: int
+    known: list[int]  # its tokens; one may be missing
+    block_table: list[int]
+    chunk_ids: list[int]
+    samples: bool
+
+
+class FakeStep:
+    """A launched step."""
+
+    def __init__(self, runner: "FakeRunner", batch: list[ScheduledSequence]) -> None:
+        self.runner = runner
+        self.batch = batch
+        self.shares = [self._share(scheduled) for scheduled in batch]
+        self.is_sampled = False
+        self.samples: list[Sample] | None = None
+
+    def _share(self, scheduled: ScheduledSequence) -> FakeShare:
+        sequence = scheduled.sequence
+        known = sequence.token_ids[scheduled.start : scheduled.end]
+        if len(known) < scheduled.num_tokens:
+            assert len(known) == scheduled.num_tokens - 1, "one token is pending"
+            assert sequence.sequence_id in self.runner.choosing, "and the step before chooses it"
+            assert self.runner.newest is not None and self.runner.newest.is_sampled, "or has enqueued it"
+        return FakeShare(
+            sequence.sequence_id,
+            scheduled.start,
+            scheduled.end,
+            known,
+            list(sequence.block_table),
+            self.runner.pool.chunk_ids(sequence.generation) if sequence.generation else [],
+            scheduled.samples,
+        )
+
+    def sample_late(self) -> None:
+        assert not self.is_sampled and self.runner.newest is self
+        self.is_sampled = True
+        for scheduled in self.batch:
+            is_known = len(scheduled.sequence.token_ids) >= scheduled.end
+            assert is_known or scheduled.sequence.status is not SequenceStatus.RUNNING
+
+    def collect(self) -> list[Sample]:
+        assert self.is_sampled
+        while self.samples is None:
+            self.runner.run_oldest()
+        return self.samples
+
 
 class FakeRunner:
-    """Keeps a KV of token ids and adapter contents by block, so that a wrong block shows in the tokens."""
+    """A device with a KV of token ids and adapter contents by block, so that a wrong block shows in the tokens.
 
-    def __init__(
-        self, block_size: int, pool: FakePool, on_run: Callable[[list[ScheduledSequence]], None] | None = None
-    ):
+    It runs its steps in order; a lazy one not before somebody waits for them.
+    """
+
+    def __init__(self, block_size: int, pool: FakePool, *, lazy: bool = True, eos_odds: int = 0):
         self.kv: dict[tuple[int, int], tuple[int, str]] = {}
         self.block_size = block_size
         self.pool = pool
-        self.on_run = on_run
-        self.largest_batch = 0
+        self.lazy = lazy
+        self.eos_odds = eos_odds
+        self.on_run: Callable[[list[ScheduledSequence]], None] | None = None
+        self.launched: deque[FakeStep] = deque()
+        self.newest: FakeStep | None = None
+        self.choosing: set[int] = set()  # sequences whose token the newest step chooses
+        self.last: dict[int, int] = {}  # on the device: the tokens that the last step has chosen
+        pool.wait_for_steps = self.run_all
 
-    def run(self, batch: list[ScheduledSequence]) -> list[Sample]:
-        self.largest_batch = max(self.largest_batch, len(batch))
+    def launch(self, batch: list[ScheduledSequence]) -> FakeStep:
         if self.on_run:
             self.on_run(batch)
-        samples = []
-        for scheduled in batch:
-            sequence, start = scheduled.sequence, scheduled.sequence.num_computed_tokens
-            content = self.pool.contents[sequence.generation] if sequence.generation else ""
-            for position in range(start, start + scheduled.num_tokens):
-                self.kv[self._slot(sequence.block_table, position)] = (sequence.token_ids[position], content)
-            if scheduled.samples:
-                held = [self.kv[self._slot(sequence.block_table, p)] for p in range(len(sequence.token_ids))]
+        step = FakeStep(self, batch)
+        self.newest, self.choosing = step, {s.sequence.sequence_id for s in batch if s.samples}
+        self.launched.append(step)
+        if not self.lazy:
+            self.run_all()
+        return step
+
+    def run_all(self) -> None:
+        while self.launched:
+            self.run_oldest()
+
+    def run_oldest(self) -> None:
+        step = self.launched.popleft()
+        chosen = {}
+        for share in step.shares:
+            contents = {self.pool.memory[chunk] for chunk in share.chunk_ids} or {""}
+            assert len(contents) == 1, "chunks of another adapter"
+            content = contents.pop()
+            is_whole = len(share.known) == share.end - share.start
+            tokens = share.known if is_whole else [*share.known, self.last[share.sequence_id]]
+            for position, token in zip(range(share.start, share.end), tokens, strict=True):
+                self.kv[self._slot(share.block_table, position)] = (token, content)
+            if share.samples:
+                held = [self.kv[self._slot(share.block_table, p)] for p in range(share.end)]
                 assert all(other == content for _, other in held), "KV of another adapter"
-                samples.append(Sample(next_token([token for token, _ in held], content), logprob=-1.0))
-        return samples
+                chosen[share.sequence_id] = next_token([token for token, _ in held], content, self.eos_odds)
+        self.last = chosen
+        step.samples = [Sample(token, logprob=-1.0) for token in chosen.values()]
 
     def _slot(self, block_table: list[int], position: int) -> tuple[int, int]:
         return block_table[position // self.block_size], position % self.block_size
@@ -162,7 +251,12 @@ class Harness:
         max_overtake_s: float = 1.0,
         enabled: bool = True,
         hash_block: Callable[[bytes, bytes], bytes] | None = None,
+        runs_ahead: bool = True,
+        lazy: bool = True,
+        eos_odds: int = 0,
+        may_fail: bool = False,
     ) -> None:
+        """may_fail: a step that fails is done again by the engine; else it fails the test."""
         self.now = 100.0
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.outbox = Outbox()
@@ -193,7 +287,7 @@ class Harness:
             max_overtake_s=max_overtake_s,
             clock=lambda: self.now,
         )
-        self.runner = FakeRunner(block_size, self.pool)
+        self.runner = FakeRunner(block_size, self.pool, lazy=lazy, eos_odds=eos_odds)
         self.mail: Mail = []
         self.engine = Engine(
             MODEL,
@@ -205,24 +299,36 @@ class Harness:
             self.outbox,
             self.mail.extend,
             max_loras_per_batch=max_loras_per_batch,
+            runs_ahead=runs_ahead,
             clock=lambda: self.now,
         )
+        if not may_fail:
+            self.engine._steps._run_one_by_one = self._refuse_failure  # type: ignore[method-assign]
+
+    def _refuse_failure(self, batch: list[ScheduledSequence]) -> None:
+        raise AssertionError(f"a step with {len(batch)} sequences failed")
 
     def put(self, *messages: Message) -> None:
         for message in messages:
             self.inbox.put(message)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the engine would wait for a message."""
+        has_work = self.scheduler.running or self.scheduler.waiting or not self.engine._steps.is_empty
+        return not has_work and self.inbox.empty()
+
     def step(self, num_steps: int = 1) -> None:
         """Steps that have something to do, with an audit after each."""
         for _ in range(num_steps):
-            if not (self.scheduler.running or self.scheduler.waiting) and self.inbox.empty():
+            if self.is_idle:
                 return
             self.engine.step()
             self.check()
 
     def drain(self, max_steps: int = 20_000) -> None:
         for _ in range(max_steps):
-            if not (self.scheduler.running or self.scheduler.waiting) and self.inbox.empty():
+            if self.is_idle:
                 break
             self.engine.step()
             self.check()

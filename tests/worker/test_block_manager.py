@@ -17,8 +17,15 @@ def compute(blocks: BlockManager, seq: Sequence) -> int:
     """Runs a whole sequence through the cache; returns the tokens that it found."""
     found = blocks.attach_prefix(seq)
     assert blocks.allocate(seq, seq.num_uncomputed_tokens)
-    blocks.commit(seq, seq.num_uncomputed_tokens)
+    publish(blocks, seq, seq.num_uncomputed_tokens)
     return found
+
+
+def publish(blocks: BlockManager, seq: Sequence, num_tokens: int) -> None:
+    """The next num_tokens tokens are computed."""
+    start = seq.num_computed_tokens
+    seq.num_computed_tokens += num_tokens
+    blocks.publish(seq, start, seq.num_computed_tokens)
 
 
 def test_a_prefix_is_found_again_and_shared() -> None:
@@ -55,7 +62,7 @@ def test_nothing_is_found_before_it_is_computed() -> None:
     blocks.attach_prefix(first)
     assert blocks.allocate(first, 9)
     assert blocks.attach_prefix(sequence(list(range(9)))) == 0
-    blocks.commit(first, 5)
+    publish(blocks, first, 5)
     assert blocks.attach_prefix(sequence(list(range(9)))) == 4
 
 
@@ -116,7 +123,7 @@ def test_every_block_found_holds_what_was_asked(history: list, hash_block: objec
         for index in range(found // 2):
             assert contents[seq.block_table[index]] == (namespace, tuple(token_ids[: index * 2 + 2]))
         if blocks.allocate(seq, seq.num_uncomputed_tokens):
-            blocks.commit(seq, seq.num_uncomputed_tokens)
+            publish(blocks, seq, seq.num_uncomputed_tokens)
             for index in range(found // 2, len(token_ids) // 2):
                 contents[seq.block_table[index]] = (namespace, tuple(token_ids[: index * 2 + 2]))
             alive.append(seq)

@@ -7,25 +7,35 @@ import pytest
 
 from protocol.errors import ErrorCode
 from protocol.messages import AdapterReply, FinishReason, LoadAdapter, Outputs, UnloadAdapter
-from tests.worker.fakes import EOS, MODEL, OWNER, Harness, answer, generate
+from tests.worker.fakes import EOS, MODEL, OWNER, FakeStep, Harness, answer, generate
 from worker.background import Background
 from worker.mailbox import Admin, Cancel, CancelAll, Start, Stop
 from worker.sequence import Sample, ScheduledSequence
 
 
 class Script:
-    """A runner that says the given tokens, whatever the prompt."""
+    """A runner that says the given tokens, whatever the prompt; and the step that it launches."""
 
     def __init__(self, tokens: list[int], **sample: object) -> None:
         self.tokens, self.sample = tokens, sample
+        self.batch: list[ScheduledSequence] = []
 
-    def run(self, batch: list[ScheduledSequence]) -> list[Sample]:
-        return [Sample(self.tokens[s.sequence.num_output_tokens], **self.sample) for s in batch if s.samples]
+    def launch(self, batch: list[ScheduledSequence]) -> "Script":
+        step = Script(self.tokens, **self.sample)
+        step.batch = batch
+        return step
+
+    def sample_late(self) -> None:
+        pass
+
+    def collect(self) -> list[Sample]:
+        tokens = [self.tokens[min(s.output_position, len(self.tokens) - 1)] for s in self.batch if s.samples]
+        return [Sample(token, **self.sample) for token in tokens]
 
 
 def run_script(tokens: list[int], max_tokens: int = 5, sample: dict | None = None, **sampling: object) -> Harness:
     harness = Harness()
-    harness.engine._runner = Script(tokens, **(sample or {}))
+    harness.engine._steps._runner = Script(tokens, **(sample or {}))
     harness.put(Start(OWNER, generate(1, [9, 9], max_tokens, **sampling)))
     harness.drain()
     return harness
@@ -85,14 +95,27 @@ def test_the_context_is_filled_to_its_last_token() -> None:
     assert harness.tokens(1) == answer([5] * 250, 6)
 
 
-def test_a_culprit_fails_alone() -> None:
-    harness = Harness()
+@pytest.mark.parametrize("where", ["launch", "sample_late", "collect"])
+@pytest.mark.parametrize("runs_ahead", [True, False])
+def test_a_culprit_fails_alone(where: str, runs_ahead: bool) -> None:
+    harness = Harness(runs_ahead=runs_ahead, may_fail=True)
+    launch = harness.runner.launch
 
-    def poison(batch: list[ScheduledSequence]) -> None:
-        if any(s.sequence.token_ids[0] == 666 and s.sequence.num_output_tokens == 2 for s in batch):
-            raise FloatingPointError("no")
+    def is_poisoned(batch: list[ScheduledSequence]) -> bool:
+        return any(s.sequence.token_ids[0] == 666 and s.output_position == 2 for s in batch)
 
-    harness.runner.on_run = poison
+    def fail() -> list[Sample]:
+        raise FloatingPointError("no")
+
+    def launch_or_fail(batch: list[ScheduledSequence]) -> FakeStep:
+        if is_poisoned(batch) and where == "launch":
+            fail()
+        step = launch(batch)
+        if is_poisoned(batch):
+            setattr(step, where, fail)
+        return step
+
+    harness.runner.launch = launch_or_fail  # type: ignore[method-assign]
     for request_id, first in enumerate([5, 666, 7]):
         harness.put(Start(OWNER, generate(request_id, [first, 1], 6)))
     harness.drain()
@@ -103,14 +126,25 @@ def test_a_culprit_fails_alone() -> None:
     assert last.error is not None and last.error.code is ErrorCode.INTERNAL and last.offset == 2
 
 
-def test_a_runner_that_miscounts_fails_nobody_elses_tokens() -> None:
-    harness = Harness()
-    run = harness.runner.run
-    harness.runner.run = lambda batch: run(batch)[: 1 if len(batch) > 1 else None]  # type: ignore[method-assign]
+@pytest.mark.parametrize("num_blocks", [64, 6])
+def test_steps_that_miscount_cost_nobody_a_token(num_blocks: int) -> None:
+    """Also where the step that is taken back has preempted somebody."""
+    harness = Harness(num_blocks=num_blocks, block_size=2, may_fail=True)
+    launch = harness.runner.launch
+
+    def miscount(batch: list[ScheduledSequence]) -> FakeStep:
+        step = launch(batch)
+        if len(batch) > 1:
+            collect = step.collect
+            step.collect = lambda: collect()[:1]  # type: ignore[method-assign]
+        return step
+
+    harness.runner.launch = miscount  # type: ignore[method-assign]
     for request_id in range(3):
-        harness.put(Start(OWNER, generate(request_id, [request_id], 4)))
+        harness.put(Start(OWNER, generate(request_id, [request_id], 7)))
     harness.drain()
-    assert all(harness.tokens(i) == answer([i], 4) for i in range(3))
+    assert all(harness.tokens(i) == answer([i], 7) for i in range(3))
+    assert (harness.scheduler.num_preemptions > 0) == (num_blocks == 6)
 
 
 def test_a_step_carries_one_outputs_for_each_session() -> None:
@@ -119,7 +153,7 @@ def test_a_step_carries_one_outputs_for_each_session() -> None:
     for request_id in range(3):
         harness.put(Start(OWNER, generate(request_id, [request_id], 4)))
         harness.put(Start(other, generate(request_id, [request_id + 50], 4)))
-    harness.step()
+    harness.step(2)
     assert sorted(to for to, event in harness.mail if isinstance(event, Outputs)) == sorted([OWNER, other])
     harness.drain()
     assert harness.tokens(1) == answer([1], 4) and harness.tokens(1, other) == answer([51], 4)
@@ -181,12 +215,99 @@ def test_stopping_ends_the_rest_when_the_grace_is_over() -> None:
 def test_status_counts() -> None:
     harness = Harness()
     harness.put(Start(OWNER, generate(1, [1, 2, 3], 4)))
-    harness.step()
+    harness.step(2)
     status = harness.engine.status()
-    assert (status.num_running, status.step_number, status.prompt_tokens_total) == (1, 1, 3)
+    assert (status.num_running, status.step_number, status.prompt_tokens_total) == (1, 2, 3)
     harness.drain()
     assert harness.engine.status().generation_tokens_total == 4
     assert harness.engine.status().kv_blocks_free == status.kv_blocks_total
+
+
+def test_the_age_of_a_step_that_hangs_is_seen() -> None:
+    harness = Harness()
+    harness.put(Start(OWNER, generate(1, [1, 2, 3], 8)))
+    harness.step()
+    launch, ages = harness.runner.launch, []
+
+    def launch_slow(batch: list[ScheduledSequence]) -> FakeStep:
+        step = launch(batch)
+        collect = step.collect
+
+        def hang() -> list[Sample]:
+            harness.now += 7.0
+            ages.append(harness.engine.status().step_age_ms)
+            return collect()
+
+        step.collect = hang  # type: ignore[method-assign]
+        return step
+
+    harness.runner.launch = launch_slow  # type: ignore[method-assign]
+    harness.drain()
+    assert len(ages) == 7 and set(ages) == {7000}
+    assert harness.engine.status().step_age_ms == 0
+
+
+def test_an_end_of_text_that_is_found_a_step_late_leaves_nothing_behind() -> None:
+    """Its blocks go to the next sequence at once, while the step that computes one token too many is under way."""
+    eos_odds = 3
+    prompts = [[i, i + 1, i + 2] for i in range(60)]
+    expected = [answer(prompt, 12, "", eos_odds) for prompt in prompts]
+    harness = Harness(num_blocks=4, block_size=4, max_running=2, eos_odds=eos_odds)
+    batches: list[int] = []
+    harness.runner.on_run = lambda batch: batches.append(len(batch))
+    for request_id, prompt in enumerate(prompts):
+        harness.put(Start(OWNER, generate(request_id, prompt, 12)))
+    harness.drain()
+    assert [harness.tokens(i) for i in range(60)] == expected
+    num_tokens = sum(map(len, expected))
+    assert sum(batches) > num_tokens, "some rows were computed for nothing"
+    assert harness.engine.status().generation_tokens_total == num_tokens
+    # What stood behind an end of text was never published.
+    for request_id, prompt in enumerate(prompts[:20], start=100):
+        harness.put(Start(OWNER, generate(request_id, prompt + expected[request_id - 100], 3)))
+    harness.drain()
+    for request_id, prompt in enumerate(prompts[:20], start=100):
+        assert harness.tokens(request_id) == answer(prompt + expected[request_id - 100], 3, "", eos_odds)
+
+
+def test_many_that_end_in_one_step_are_all_told_and_no_step_is_launched_for_them() -> None:
+    harness = Harness()
+    batches: list[int] = []
+    harness.runner.on_run = lambda batch: batches.append(len(batch))
+    for request_id in range(8):
+        harness.put(Start(OWNER, generate(request_id, [request_id], 5)))
+    harness.drain()
+    assert batches == [8] * 5, "the end at max_tokens is foreseen"
+    (last,) = [event for _, event in harness.mail[-1:] if isinstance(event, Outputs)]
+    assert [output.finish_reason for output in last.outputs] == [FinishReason.LENGTH] * 8
+
+
+def test_the_last_token_is_not_held_back() -> None:
+    harness = Harness()
+    harness.put(Start(OWNER, generate(1, [1], 1)))
+    harness.engine.step()
+    assert harness.tokens(1) == []
+    harness.engine.step()  # nothing to launch: what is under way is collected, without waiting for a message
+    assert harness.tokens(1) == answer([1], 1)
+
+
+def test_a_sequence_that_is_gone_while_its_step_is_under_way_is_never_heard_of_again() -> None:
+    harness = Harness(num_blocks=4, block_size=2, max_loras_per_batch=1, num_chunks=1)
+    for request_id, name in enumerate("ab", start=50):
+        harness.put(Admin(OWNER, LoadAdapter(request_id=request_id, name=name, source=f"content-{name}")))
+    harness.step(2)
+    harness.put(Start(OWNER, generate(1, [1, 2], 5, generation=1)))
+    harness.step(2)
+    harness.put(Cancel(OWNER, 1))
+    harness.put(Start(OWNER, generate(2, [1, 2], 5, generation=2)))  # takes its blocks, its chunk and its place
+    harness.step()
+    assert harness.pool.contents == {2: "content-b"}
+    harness.put(Admin(OWNER, UnloadAdapter(request_id=60, name="b", timeout_ms=1000, force=True)))
+    harness.put(Start(OWNER, generate(3, [1, 2], 5)))
+    harness.drain()
+    assert harness.tokens(1) == answer([1, 2], 5, "content-a")[: len(harness.tokens(1))]
+    assert harness.outputs(2)[-1].error.code is ErrorCode.ADAPTER_GONE  # type: ignore[union-attr]
+    assert harness.tokens(3) == answer([1, 2], 5)
 
 
 def wait_for(condition: object, timeout_s: float = 10.0) -> None:
@@ -217,7 +338,8 @@ def test_adapters_come_and_go_under_load_and_every_answer_fits_some_order() -> N
             name = f"n{rng.randrange(4)}"
             kind = rng.random()
             if kind < 0.25:
-                source, replace = f"content{rng.randrange(1000)}:{rng.choice([4, 16, 40])}", rng.random() < 0.7
+                number = rng.randrange(1000)  # the same content has the same rank, whoever loads it
+                source, replace = f"content{number}:{(4, 16, 40)[number % 3]}", rng.random() < 0.7
                 command = LoadAdapter(request_id=request_id, name=name, source=source, replace=replace)
                 harness.put(Admin(owner, command))
             elif kind < 0.35:

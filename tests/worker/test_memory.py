@@ -18,6 +18,8 @@ def plan(free: int = 1_000_000, max_positions: int = 2048, takes_all: bool = Fal
         block_bytes=1000,
         chunk_bytes=2000,
         available_bytes=free,
+        mem_fraction=config.mem_fraction or 0.5,
+        max_running_requests=config.max_running_requests or 32,
         takes_all=takes_all,
     )
 

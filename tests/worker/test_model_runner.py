@@ -92,12 +92,10 @@ def test_an_adapter_that_is_not_resident_is_an_error_never_the_base_model(model_
 
 
 def test_sequences_are_not_changed(model_dir: Path) -> None:
-    from worker.sequence import ScheduledSequence
-
     driver = Driver.of(model_dir)
     sequence = driver.add(PROMPT, sampling=GREEDY)
     sequence.block_table = [3, 1, 2]
-    driver.runner.run([ScheduledSequence(sequence, len(PROMPT))])
+    driver.runner.launch([sequence.share(len(PROMPT))]).collect()
     assert (sequence.token_ids, sequence.num_computed_tokens, sequence.block_table) == (PROMPT, 0, [3, 1, 2])
 
 

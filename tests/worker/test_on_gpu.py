@@ -6,6 +6,7 @@ Needs a GPU, where it runs in float32 with and without CUDA graphs, or Triton's 
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ pytestmark = [
 ]
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
 WITH_LOGPROBS = SamplingParams(max_tokens=64, temperature=0.0, logprobs=5)
+PENALISED = SamplingParams(max_tokens=64, temperature=0.0, presence_penalty=1.0, repetition_penalty=1.3, min_tokens=3)
 # Generation -> rank and modules.
 ADAPTERS: dict[int, tuple[int, tuple[str, ...]]] = {
     1: (1, ("q_proj", "v_proj")),
@@ -72,9 +74,10 @@ def run_mix(driver: Driver, sampling: SamplingParams, rng: random.Random) -> lis
     assert driver.runner.pool is not None
     load_adapters(driver.runner.pool)
     sequences = [driver.add(PROMPTS[generation], generation, sampling) for generation in [*PROMPTS] * 2]
-    while unfinished := [s for s in sequences if s.num_output_tokens < NUM_OUTPUTS]:
+    while unfinished := [s for s in sequences if s.num_tokens - s.num_prompt_tokens < NUM_OUTPUTS]:
         chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
-        driver.step([(s, rng.randint(1, s.num_uncomputed_tokens)) for s in chosen])
+        driver.step_ahead([(s, rng.randint(1, s.num_uncomputed_tokens)) for s in chosen])
+    driver.collect()
     return sequences
 
 
@@ -82,8 +85,8 @@ def run_mix(driver: Driver, sampling: SamplingParams, rng: random.Random) -> lis
 @pytest.mark.parametrize("family", FAMILIES if DEVICE.type == "cuda" else ["smollm", "qwen3_biased", "mistral_window"])
 def test_any_mix_gives_what_the_twins_give(tmp_path: Path, family: str, graph_rows: int) -> None:
     model_dir = write_tiny_model(tmp_path / "model", family)
-    twins = expected(model_dir)
-    for sampling in (GREEDY, WITH_LOGPROBS):
+    for sampling in (GREEDY, WITH_LOGPROBS, PENALISED):
+        twins = expected(model_dir, sampling)
         driver = triton_driver(model_dir, num_chunks=NUM_CHUNKS, graph_rows=graph_rows)
         for sequence in run_mix(driver, sampling, random.Random(family)):
             twin = twins[sequence.generation]
@@ -92,6 +95,40 @@ def test_any_mix_gives_what_the_twins_give(tmp_path: Path, family: str, graph_ro
             if sampling is WITH_LOGPROBS:
                 logprobs = [s.logprob for s in twin.samples[0]]
                 assert [s.logprob for s in samples] == pytest.approx(logprobs, abs=2e-3)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU can be waited for")
+def test_nothing_on_the_way_to_a_launch_waits_for_the_gpu(tmp_path: Path) -> None:
+    """Prompts, mixed steps and graphs, greedy and drawn, edited and filtered, with adapters; the answers as without."""
+    keys: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "top_k": 7, "top_p": 0.8},
+        {"temperature": 0.7, "top_p": 0.9, "logprobs": 3},
+        {"temperature": 1.3, "min_p": 0.05, "logit_bias": {5: 3.0}},
+        {"temperature": 0.9, "frequency_penalty": 0.7, "repetition_penalty": 1.2},
+        {"temperature": 0.0, "presence_penalty": 0.7, "min_tokens": 4, "stop_token_ids": [3], "logprobs": 0},
+    ]
+    model_dir = write_tiny_model(tmp_path / "model", "llama3")
+    for graph_rows in GRAPH_ROWS:
+        answers = []
+        for mode in ("default", "error"):
+            driver = triton_driver(model_dir, num_chunks=NUM_CHUNKS, graph_rows=graph_rows)
+            assert driver.runner.pool is not None
+            load_adapters(driver.runner.pool)
+            sequences = [
+                driver.add(PROMPTS[i], i, SamplingParams(max_tokens=64, **key), seed=i) for i, key in enumerate(keys)
+            ]
+            rng = random.Random(5)
+            while unfinished := [s for s in sequences if s.num_tokens - s.num_prompt_tokens < NUM_OUTPUTS]:
+                chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
+                torch.cuda.set_sync_debug_mode(mode)
+                try:
+                    driver.step_ahead([(s, rng.randint(1, s.num_uncomputed_tokens)) for s in chosen])
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            driver.collect()
+            answers.append([outputs(sequence) for sequence in sequences])
+        assert answers[0] == answers[1]
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="takes minutes in the interpreter")

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from protocol.sampling import SamplingParams
-from worker.sampler import NUM_TOP_P_CANDIDATES, Sampler, sample_tokens, uniform
+from worker.last_tokens import LastTokens
+from worker.launched_step import LaunchedStep
+from worker.sampler import NUM_TOP_P_CANDIDATES, Draws, Sampler, sample_tokens, uniform
 from worker.sequence import Sample, Sequence
 
 EOS = 3
@@ -21,14 +23,26 @@ def sequence(prompt: list[int] | None = None, answer: list[int] | None = None, s
     return Sequence(0, prompt + answer, len(prompt), sampling, seed)
 
 
+def sample(logits: torch.Tensor, sequences: list[Sequence], sampler: Sampler = SAMPLER) -> list[Sample]:
+    """logits may be changed."""
+    shares = [asked.share(asked.num_uncomputed_tokens) for asked in sequences]
+    last_tokens = LastTokens(logits.shape[-1], len(logits), logits.device)
+    return LaunchedStep(sampler, last_tokens, shares, list(range(len(logits))), logits).collect()
+
+
+def draw(logits: torch.Tensor, params: SamplingParams, number: float) -> int:
+    """Of one row, with the given random number."""
+    return int(sample_tokens(logits, Draws.of([params], [number], logits.shape[-1], logits.device)))
+
+
 def one(logits: list[float], asked: Sequence) -> Sample:
-    return SAMPLER.sample(torch.tensor([logits]), [asked])[0]
+    return sample(torch.tensor([logits]), [asked])[0]
 
 
 def support(logits: list[float], **keys: Any) -> set[int]:
     """The tokens that are ever drawn."""
     sequences = [sequence(seed=seed, **{"temperature": 1.0} | keys) for seed in range(400)]
-    samples = SAMPLER.sample(torch.tensor([logits] * len(sequences)), sequences)
+    samples = sample(torch.tensor([logits] * len(sequences)), sequences)
     return {sample.token_id for sample in samples}
 
 
@@ -80,18 +94,18 @@ def test_top_p_looks_beyond_its_first_candidates() -> None:
     probs = torch.full((1, vocab_size), 1.0).log()
     params = SamplingParams(max_tokens=1, top_p=0.75)
     # Equal probabilities are kept together, so nothing may be cut.
-    assert sample_tokens(probs, [params], [0.999]) == [int(0.999 * vocab_size)]
+    assert draw(probs, params, 0.999) == int(0.999 * vocab_size)
     slope = torch.linspace(0, -1, vocab_size)[None]
     mass = slope.softmax(-1)[0].cumsum(0)
     last_kept = int((mass < 0.75).sum())
-    assert sample_tokens(slope.clone(), [params], [1 - 2**-40]) == [last_kept]
+    assert draw(slope, params, 1 - 2**-40) == last_kept
     assert last_kept > NUM_TOP_P_CANDIDATES
 
 
 def test_draws_follow_the_distribution() -> None:
     probs = [0.1, 0.4, 0.2, 0.3]
     sequences = [sequence(seed=seed, temperature=1.0) for seed in range(4000)]
-    samples = SAMPLER.sample(torch.tensor([[math.log(p) for p in probs]] * len(sequences)), sequences)
+    samples = sample(torch.tensor([[math.log(p) for p in probs]] * len(sequences)), sequences)
     counts = Counter(sample.token_id for sample in samples)
     for token, probability in enumerate(probs):
         assert counts[token] / len(sequences) == pytest.approx(probability, abs=0.03)
@@ -121,8 +135,8 @@ def test_a_row_never_depends_on_its_neighbours() -> None:
     sequences = [sequence([1, 2], [5, 6], seed=seed, **keys) for seed, keys in enumerate(asked)]
     for _ in range(20):
         logits = torch.randn(len(asked), 1000) * 3
-        together = SAMPLER.sample(logits.clone(), sequences)
-        alone = [SAMPLER.sample(logits[row : row + 1].clone(), [sequences[row]])[0] for row in range(len(asked))]
+        together = sample(logits.clone(), sequences)
+        alone = [sample(logits[row : row + 1].clone(), [sequences[row]])[0] for row in range(len(asked))]
         assert together == alone
 
 
@@ -143,7 +157,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
 @pytest.mark.parametrize("keys", [{}, {"temperature": 1.0, "top_p": 0.9, "logprobs": 2}])
 def test_a_bad_row_fails_alone(bad: float, keys: dict[str, Any]) -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, bad, 1.0], [9.0, 0.0, 0.0]])
-    samples = SAMPLER.sample(logits, [sequence(top_k=1, **keys) for _ in range(3)])
+    samples = sample(logits, [sequence(top_k=1, **keys) for _ in range(3)])
     assert [sample.failed for sample in samples] == [False, True, False]
     assert [samples[0].token_id, samples[2].token_id] == [1, 0]
     assert samples[1].logprob is None
@@ -152,5 +166,5 @@ def test_a_bad_row_fails_alone(bad: float, keys: dict[str, Any]) -> None:
 def test_edits_that_touch_no_token() -> None:
     assert one([0.0, 2.0], sequence(logit_bias={9000: 100.0})).token_id == 1
     nothing_ends = Sampler(())
-    assert nothing_ends.sample(torch.tensor([[0.0, 2.0]]), [sequence(min_tokens=5)])[0].token_id == 1
+    assert sample(torch.tensor([[0.0, 2.0]]), [sequence(min_tokens=5)], nothing_ends)[0].token_id == 1
     assert one([0.0, 2.0], sequence([0], frequency_penalty=1.0)).token_id == 1

@@ -1,13 +1,16 @@
 """The plan of each step: answers first, order of arrival, preemption that changes nothing, no starvation."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.errors import ErrorCode
 from protocol.messages import FinishReason, LoadAdapter
-from tests.worker.fakes import OWNER, Harness, answer, generate
+from tests.worker.fakes import OWNER, FakeRunner, FakeStep, Harness, answer, generate
 from worker.mailbox import Admin, Cancel, Start
+from worker.sequence import Sample, ScheduledSequence
 
 
 def start(harness: Harness, request_id: int, prompt: list[int], max_tokens: int = 8, **fields: object) -> None:
@@ -37,8 +40,8 @@ def test_answers_never_wait_for_a_prompt() -> None:
     harness.step()
     start(harness, 2, list(range(40)), 2)
     before = len(harness.tokens(1))
-    harness.step(10)  # the prompt takes ten steps
-    assert len(harness.tokens(1)) == before + 10
+    harness.step(11)  # the prompt takes ten steps, and its token comes one later
+    assert len(harness.tokens(1)) == before + 11
     assert len(harness.tokens(2)) == 1
 
 
@@ -51,6 +54,28 @@ def test_a_step_computes_at_most_its_prefill_budget_beside_the_answers() -> None
     harness.drain()
     assert max(sizes) <= 6
     assert all(harness.tokens(i) == answer(list(range(7 * i, 7 * i + 7)), 3) for i in range(6))
+
+
+def test_short_prompts_pass_a_long_one_that_still_gets_half_of_each_step() -> None:
+    harness = Harness(max_prefill_tokens=8)
+    tokens_of_long: list[int] = []
+    harness.runner.on_run = lambda batch: tokens_of_long.extend(
+        s.num_tokens for s in batch if s.sequence.sequence_id == 1 and not s.output_position > 0
+    )
+    start(harness, 1, list(range(60)), 2)
+    harness.step()
+    start(harness, 2, list(range(100, 160)), 2)  # as long: it waits
+    for request_id in range(3, 9):
+        start(harness, request_id, [request_id] * 3, 2)
+    for _ in range(8):
+        harness.step()
+        assert not harness.outputs(1) and not harness.outputs(2)
+    assert all(len(harness.tokens(request_id)) == 2 for request_id in range(3, 9))
+    harness.drain()
+    assert sum(tokens_of_long) == 60 and min(tokens_of_long[:-1]) >= 4
+    assert tokens_of_long[0] == 8, "alone it gets all"
+    assert harness.tokens(1) == answer(list(range(60)), 2)
+    assert harness.tokens(2) == answer(list(range(100, 160)), 2)
 
 
 def test_a_cached_prefix_is_reported_and_changes_nothing() -> None:
@@ -173,6 +198,25 @@ def test_abort_frees_at_once_wherever_the_sequence_is() -> None:
     assert harness.engine.status().num_running == harness.engine.status().num_waiting == 0
 
 
+def fail_together(runner: FakeRunner, failures: dict[int, str]) -> None:
+    """Lets the given calls fail, of steps of more than one sequence: alone, each succeeds."""
+    launch, numbers = runner.launch, itertools.count(1)
+
+    def fail() -> list[Sample]:
+        raise FloatingPointError("no")
+
+    def launch_or_fail(batch: list[ScheduledSequence]) -> FakeStep:
+        where = failures.get(next(numbers)) if len(batch) > 1 else None
+        if where == "launch":
+            fail()
+        step = launch(batch)
+        if where is not None:
+            setattr(step, where, fail)
+        return step
+
+    runner.launch = launch_or_fail  # type: ignore[method-assign]
+
+
 requests = st.tuples(
     st.integers(0, 3),  # generation
     st.integers(0, 2),  # prompt family: prefixes are shared
@@ -182,7 +226,7 @@ requests = st.tuples(
 events = st.lists(st.one_of(requests, st.integers(0, 30), st.none()), max_size=40)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     events,
     st.integers(6, 20),
@@ -190,11 +234,22 @@ events = st.lists(st.one_of(requests, st.integers(0, 30), st.none()), max_size=4
     st.integers(1, 9),
     st.integers(1, 2),
     st.sampled_from(["lru", "fifo"]),
+    st.sampled_from([(True, True), (True, True), (True, False), (False, False)]),
+    st.sampled_from([0, 5]),
+    st.dictionaries(st.integers(1, 40), st.sampled_from(["launch", "sample_late", "collect"]), max_size=4),
 )
 def test_any_history_leaves_every_answer_exact_and_nothing_behind(
-    history: list, num_blocks: int, max_running: int, max_prefill: int, max_loras: int, policy: str
+    history: list,
+    num_blocks: int,
+    max_running: int,
+    max_prefill: int,
+    max_loras: int,
+    policy: str,
+    ahead_and_lazy: tuple[bool, bool],
+    eos_odds: int,
+    failures: dict[int, str],
 ) -> None:
-    """A tuple arrives, a number aborts that request, None lets a step pass."""
+    """A tuple arrives, a number aborts that request, None lets a step pass. failures: what fails in which step."""
     harness = Harness(
         num_blocks=num_blocks,
         block_size=4,
@@ -205,7 +260,12 @@ def test_any_history_leaves_every_answer_exact_and_nothing_behind(
         num_chunks=3,
         policy=policy,
         max_overtake_s=0.5,
+        runs_ahead=ahead_and_lazy[0],
+        lazy=ahead_and_lazy[1],
+        eos_odds=eos_odds,
+        may_fail=bool(failures),
     )
+    fail_together(harness.runner, failures)
     load(harness, "a", "b")
     load(harness, "c", rank=40)
     asked: dict[int, tuple[list[int], int, str]] = {}
@@ -224,6 +284,6 @@ def test_any_history_leaves_every_answer_exact_and_nothing_behind(
             start(harness, len(asked) - 1, prompt, num_answer, generation=generation)
     harness.drain()
     for request_id, (prompt, num_answer, content) in asked.items():
-        expected = answer(prompt, num_answer, content)
+        expected = answer(prompt, num_answer, content, eos_odds)
         tokens = harness.tokens(request_id)
         assert tokens == expected or (request_id in aborted and tokens == expected[: len(tokens)])

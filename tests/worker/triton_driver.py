@@ -8,6 +8,7 @@ from tests.worker.driver import Driver
 from worker.adapter_pool import AdapterPool
 from worker.decode_graphs import DecodeGraphs
 from worker.kv_cache import KVCache
+from worker.last_tokens import LastTokens
 from worker.layers.ops import triton_ops
 from worker.triton_runner import TritonRunner
 from worker.weights import load_model
@@ -36,8 +37,8 @@ def triton_driver(
         pool.chunks.fill_(torch.nan)
     graphs = None
     if graph_rows:
-        graphs = DecodeGraphs(
-            model, config, cache, pool, max_rows=graph_rows, max_chunks=max_chunks, max_model_len=max_model_len
-        )
+        last_tokens = LastTokens(config.vocab_size, 64, DEVICE)
+        sizes = {"max_rows": graph_rows, "max_chunks": max_chunks, "max_model_len": max_model_len}
+        graphs = DecodeGraphs(model, config, cache, pool, last_tokens, **sizes)
     shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
     return Driver(TritonRunner(model, config, cache, pool, max_chunks=max_chunks, graphs=graphs), shuffled)
