@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,7 +102,8 @@ class GrammarCompiler:
     def __init__(self, tokenizer_json: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         eos = ",".join(map(str, eos_token_ids))
         self._command = [sys.executable, "-m", "worker.grammar_process", str(tokenizer_json), str(vocab_size), eos]
-        self._tokenizer = load_tokenizer(tokenizer_json, vocab_size, eos_token_ids)
+        self._load = partial(load_tokenizer, tokenizer_json, vocab_size, eos_token_ids)
+        self._tokenizer: llguidance.LLTokenizer | None = None  # until the first grammar
         self._process: subprocess.Popen[bytes] | None = None
         self._cache: OrderedDict[Grammar, Matcher | GrammarError] = OrderedDict()
         self._num_chars = 0
@@ -135,6 +137,8 @@ class GrammarCompiler:
         error = self._ask(msgspec.json.encode(grammar) + b"\n")
         if error is not None:
             return GrammarError(error)
+        if self._tokenizer is None:
+            self._tokenizer = self._load()
         try:
             return new_matcher(self._tokenizer, grammar)
         except GrammarError as refused:

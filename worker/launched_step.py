@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from worker.last_tokens import LastTokens
-from worker.sampler import Choices, Sampler, has_penalties, is_plain_greedy
+from worker.sampler import Choices, Sampler, is_plain_greedy, needs_known_tokens
 from worker.sequence import Sample, ScheduledSequence
 from worker.transfer import Download, upload
 
@@ -94,4 +94,4 @@ class LaunchedStep:
 
 
 def _is_late(scheduled: ScheduledSequence) -> bool:
-    return has_penalties(scheduled.sequence.sampling) and scheduled.end > len(scheduled.sequence.token_ids)
+    return needs_known_tokens(scheduled.sequence.sampling) and scheduled.end > len(scheduled.sequence.token_ids)
