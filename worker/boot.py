@@ -139,6 +139,7 @@ def _load_base(config: WorkerConfig) -> Base:
         vocab_size=model_config.vocab_size,
         max_model_len=plan.max_model_len,
         eos_token_ids=list(model_config.eos_token_ids),
+        prompt_logprobs=True,
         grammars=(directory / TOKENIZER_FILE).exists(),
         lora_enabled=config.lora_enabled,
     )

@@ -238,6 +238,7 @@ class Engine:
             offset=offset,
             token_ids=[sample.token_id],
             logprobs=logprobs,
+            prompt_logprobs=None if offset or sequence.sampling.prompt_logprobs is None else sequence.prompt_logprobs,
             finish_reason=reason,
             stop_token_id=stop_token_id,
             cached_tokens=0 if offset else sequence.num_cached_tokens,

@@ -1,4 +1,4 @@
-"""Answers held to grammars, from the command to the tokens, among answers that are not: a tiny model on the CPU."""
+"""The engine with a tiny model on the CPU: answers held to grammars, among others that are not; prompts scored."""
 
 import json
 import re
@@ -27,7 +27,9 @@ from worker.weights import load_model
 EOS = 2
 CPU = torch.device("cpu")
 TOKENIZER = Tokenizer(tiny_model.tokenizer_json())
-CARD = msgspec.structs.replace(MODEL, vocab_size=tiny_model.VOCAB_SIZE, eos_token_ids=[EOS], grammars=True)
+CARD = msgspec.structs.replace(
+    MODEL, vocab_size=tiny_model.VOCAB_SIZE, eos_token_ids=[EOS], grammars=True, prompt_logprobs=True
+)
 PROPERTIES = {"a": {"type": "integer", "minimum": 3, "maximum": 120}, "b": {"enum": ["red", "green"]}}
 SCHEMA = {"type": "object", "properties": PROPERTIES, "required": ["a", "b"], "additionalProperties": False}
 JSON = Grammar("json_schema", json.dumps(SCHEMA))
@@ -151,3 +153,39 @@ def test_cancelled_while_it_is_compiled(model_dir: Path, compiler: GrammarCompil
     harness.jobs.release()
     harness.drain()
     assert harness.outputs(1) == []
+
+
+PROMPT = list(range(3, 60))
+
+
+def scores(harness: Harness, request_id: int, max_tokens: int = 2) -> list[float]:
+    """Of PROMPT, one for each token but the first."""
+    fields = {"max_tokens": max_tokens, "temperature": 0.0, "prompt_logprobs": 1}
+    harness.put(Start(OWNER, generate(request_id, PROMPT, **fields)))  # type: ignore[arg-type]
+    harness.drain()
+    first, *others = harness.outputs(request_id)
+    assert first.prompt_logprobs is not None
+    assert all(output.prompt_logprobs is None for output in others)
+    return [found.logprob for found in first.prompt_logprobs]
+
+
+def test_prompts_are_scored_whole_whatever_is_cached(model_dir: Path, compiler: GrammarCompiler) -> None:
+    harness = worker(model_dir, compiler, runs_ahead=True)
+    found = [scores(harness, request_id) for request_id in (1, 2)]
+    assert len(found[0]) == len(PROMPT) - 1
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert harness.outputs(2)[0].cached_tokens == 0
+    run(harness, {3: {}})
+    harness.put(Start(OWNER, generate(4, PROMPT, ignore_eos=True)))
+    harness.drain()
+    assert harness.outputs(4)[0].cached_tokens > 0, "what a scored prompt leaves in the cache serves others"
+
+
+def test_prompts_are_scored_once_though_they_are_preempted(model_dir: Path, compiler: GrammarCompiler) -> None:
+    alone = scores(worker(model_dir, compiler, runs_ahead=False), 1)
+    harness = worker(model_dir, compiler, runs_ahead=True, num_blocks=24)
+    for i in range(2, 5):  # these come first and grow
+        harness.put(Start(OWNER, generate(i, [5, 6, i], max_tokens=80, temperature=0.0, ignore_eos=True)))
+    harness.step(2)
+    assert scores(harness, 1) == pytest.approx(alone, abs=1e-5)
+    assert harness.scheduler.num_preemptions
