@@ -19,7 +19,7 @@ DEMO := --adapter-root deploy/adapters \
 	--lora-paths lora0=deploy/adapters/lora0 lora1=deploy/adapters/lora1 lora2=deploy/adapters/lora2
 endif
 
-.PHONY: help install serve chat check lint test test-gpu bench bench-gpu bench-plots build clean
+.PHONY: help install serve chat check lint test test-clients test-gpu bench bench-gpu bench-plots build clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,9 @@ lint: $(VENV)/.dev ## Format and fix what can be fixed
 
 test: $(VENV)/.dev ## Every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+test-clients: $(VENV)/clients/.ready ## The clients that applications use, before an echo worker (no GPU, no torch)
+	$(VENV)/clients/bin/python -m pytest tests/clients $(ARGS)
 
 test-gpu: $(VENV)/.dev ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
@@ -89,4 +92,12 @@ $(VENV)/.dev: $(VENV)/.serve
 	$(INSTALL) -e '.[gateway,worker,dev]'
 	@# A torch for GPUs brings its own Triton; without one, the kernels' tests need its interpreter and compiler.
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(INSTALL) triton==$(TRITON)
+	@touch $@
+
+# With uv this takes seconds, with pip alone minutes.
+$(VENV)/clients/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)/clients
+	@CLIENTS=$(VENV)/clients/bin; $$CLIENTS/python -m pip --disable-pip-version-check install --quiet uv \
+		&& $$CLIENTS/uv pip install --quiet --python $$CLIENTS/python -e '.[gateway,clients]' \
+		|| $$CLIENTS/python -m pip --disable-pip-version-check install --quiet -e '.[gateway,clients]'
 	@touch $@

@@ -15,6 +15,7 @@ from gateway.access import not_found
 from gateway.config import GatewayConfig
 from gateway.edge import Edge, error_response
 from gateway.errors import ApiError, UnknownAdapter
+from gateway.openapi import document
 from gateway.placement import Fleet
 from gateway.quotas import Quotas
 from gateway.state import Gateway, gateway_of
@@ -66,6 +67,14 @@ ROUTES = [
     Route("/v1/adapters/{name:path}", adapter_admin.put_adapter, methods=["PUT"]),
     Route("/v1/adapters/{name:path}", adapter_admin.delete_adapter, methods=["DELETE"]),
 ]
+
+
+async def openapi(request: Request) -> Response:
+    """This description of the routes."""
+    return info_routes.json_response(document(ROUTES, info_routes.version()))
+
+
+ROUTES.append(Route("/openapi.json", openapi))
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

@@ -14,6 +14,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from gateway.reasoning import END
+from gateway.tool_parsers import format_of
+
 logger = logging.getLogger(__name__)
 
 _MAX_REASON = 200  # characters of a template's own complaint that a client sees
@@ -61,12 +64,25 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
-        self.knows_developer = "developer" in source  # the role
+        self._source = source
+        self.tool_format = format_of(
+            source
+        )  # None: the template has no place for tools, or calls in a format unknown here
+        self.thinks = END in source
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
             raise ChatTemplateError(f"the model's chat template cannot be read: {error}") from None
         self._special_tokens = dict(special_tokens)
+
+    def mentions(self, word: str) -> bool:
+        """True if the template's text has this word: what it does not name, it cannot use."""
+        return word in self._source
+
+    @property
+    def knows_developer(self) -> bool:
+        """True if the template has a place for the developer role."""
+        return self.mentions("developer")
 
     def render(
         self,
@@ -76,6 +92,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> str:
         """The prompt. With continue_final_message it ends with the last message's content, for the model to go on.
 
@@ -85,7 +102,7 @@ class ChatTemplate:
             **self._special_tokens,
             **(variables or {}),
             "messages": messages,
-            "tools": None,
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }

@@ -14,7 +14,7 @@ from gateway.stop import StopMatcher
 from gateway.tokenizer import Tokenizer
 from protocol.bounds import check_generate
 from protocol.errors import BadFrame, Error, ErrorCode
-from protocol.messages import Generate, Output, TokenLogprobs
+from protocol.messages import FinishReason, Generate, Output, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ class Delta:
     logprobs: list[tuple[int, TokenLogprobs]]  # of the tokens whose text this is, when asked for
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # the stop string or stop token id that ended it
+    prompt_logprobs: list[tuple[int, TokenLogprobs | None]] | None = None  # in the first delta, when asked for
 
 
 @dataclass(slots=True)
@@ -56,36 +57,45 @@ class Choice:
         self._stop = StopMatcher(job.text.stops, job.text.include_stop)
         self._token_ids: list[int] = []  # not yet in a delta
         self._logprobs: list[tuple[int, TokenLogprobs]] = []
+        self._prompt = job.prompt
+        self._prompt_logprobs: list[tuple[int, TokenLogprobs | None]] | None = None
 
     def add(self, output: Output) -> Delta | None:
         """The delta that an output brings, if its text can be shown already."""
-        token_ids = output.token_ids
-        self.num_tokens += len(token_ids)
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = list(zip(self._prompt, [None, *output.prompt_logprobs], strict=False))
         self.cached_tokens = self.cached_tokens or output.cached_tokens
-        self._token_ids += token_ids
+        if self._options.only_prompt:  # the one token that the worker had to make is nobody's
+            return Delta(self.index, "", [], [], FinishReason.LENGTH, prompt_logprobs=self._prompt_logprobs)
+        self.num_tokens += len(output.token_ids)
+        self._token_ids += output.token_ids
         if output.logprobs is not None:
-            self._logprobs += zip(token_ids, output.logprobs, strict=False)
-        finish: str | None = output.finish_reason
-        stop_reason: str | int | None = None
-        if output.stop_token_id is not None:
-            if not self._options.include_stop:
-                token_ids = token_ids[:-1]
-            if output.stop_token_id in self._stop_token_ids:
-                stop_reason = output.stop_token_id
-        text = self._detokenizer.add(token_ids) if token_ids else ""
-        if finish is not None:
-            text += self._detokenizer.finish()
-        if self.num_tokens > self._options.min_tokens:
-            text, matched = self._stop.add(text)
-            if matched is not None:
-                finish, stop_reason = "stop", matched
-            elif finish is not None:
-                text += self._stop.finish()
+            self._logprobs += zip(output.token_ids, output.logprobs, strict=False)
+        text, finish, stop_reason = self._stopped(self._text(output), output)
         if not text and finish is None:
             return None
-        delta = Delta(self.index, text, self._token_ids, self._logprobs, finish, stop_reason)
-        self._token_ids, self._logprobs = [], []
+        delta = Delta(self.index, text, self._token_ids, self._logprobs, finish, stop_reason, self._prompt_logprobs)
+        self._token_ids, self._logprobs, self._prompt_logprobs = [], [], None
         return delta
+
+    def _text(self, output: Output) -> str:
+        """What an output's tokens complete; a token that ended the answer is not part of it."""
+        token_ids = output.token_ids
+        if output.stop_token_id is not None and not self._options.include_stop:
+            token_ids = token_ids[:-1]
+        text = self._detokenizer.add(token_ids) if token_ids else ""
+        return text if output.finish_reason is None else text + self._detokenizer.finish()
+
+    def _stopped(self, text: str, output: Output) -> tuple[str, str | None, str | int | None]:
+        """The text up to a stop string, why the answer ends here, if it does, and the stop string or stop token id."""
+        finish: str | None = output.finish_reason
+        stop = output.stop_token_id if output.stop_token_id in self._stop_token_ids else None
+        if self.num_tokens <= self._options.min_tokens:
+            return text, finish, stop
+        text, matched = self._stop.add(text)
+        if matched is not None:
+            return text, FinishReason.STOP, matched
+        return text if finish is None else text + self._stop.finish(), finish, stop
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,6 +107,7 @@ class Plan:
     trace: str  # the HTTP request's id, for the log
     cache_salt: str = ""
     prompt_param: str = "prompt"  # the field that errors about the prompt name
+    grammar_param: str = "response_format"  # and those about the grammar
     started_s: float = field(default_factory=time.monotonic)
 
 
@@ -198,6 +209,10 @@ class Generation:
         failure = from_worker(error)
         if error.code is ErrorCode.CONTEXT_LENGTH_EXCEEDED or failure.param == "prompt":
             failure.param = self._plan.prompt_param
+        if failure.param == "prompt_logprobs":
+            failure.param = "echo"
+        if failure.param == "grammar":
+            failure.param = self._plan.grammar_param
         return failure
 
     # ---------------------------------------------------------------------------------------------------- ending

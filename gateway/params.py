@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from gateway.chat_template import ChatTemplateError
-from gateway.errors import ApiError, from_worker, invalid
+from gateway.errors import ApiError, from_worker, invalid, unsupported
 from gateway.model_text import ModelText, SamplingDefaults
 from gateway.schemas import MAX_PROMPTS, ChatRequest, Message, NativeSampling, SamplingFields, Stop
 from protocol.bounds import context_length_exceeded
 from protocol.messages import ModelCard
-from protocol.sampling import SamplingParams, TokenId
+from protocol.sampling import Grammar, SamplingParams, TokenId
 
 T = TypeVar("T")
 
@@ -31,6 +31,7 @@ class TextOptions:
     include_stop: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0
+    only_prompt: bool = False  # max_tokens=0: nothing of the answer is shown
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,6 +51,7 @@ def text_options(fields: SamplingFields) -> TextOptions:
         include_stop=bool(fields.include_stop_str_in_output),
         skip_special_tokens=fields.skip_special_tokens is not False,
         min_tokens=fields.min_tokens or 0,
+        only_prompt=fields.max_tokens == 0,
     )
 
 
@@ -66,6 +68,8 @@ def sampling_params(
     min_tokens: int | None,
     seed: int | None,
     logprobs: int | None,
+    prompt_logprobs: int | None = None,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """The request's choices over the model's defaults. Ranges were checked when the body was read."""
 
@@ -88,6 +92,8 @@ def sampling_params(
         stop_token_ids=fields.stop_token_ids or [],
         ignore_eos=bool(fields.ignore_eos),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
     )
 
 
@@ -194,6 +200,8 @@ def _template_message(message: Message, param: str, knows_developer: bool) -> di
         result["name"] = message.name
     if message.tool_call_id is not None:
         result["tool_call_id"] = message.tool_call_id
+    if message.reasoning_content is not None:
+        result["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
         result["tool_calls"] = [_tool_call(call, f"{param}.tool_calls") for call in message.tool_calls]
     return result
@@ -218,25 +226,31 @@ def _tool_call(call: dict[str, Any], param: str) -> dict[str, Any]:
             arguments = msgspec.json.decode(arguments or "{}")
         except (msgspec.DecodeError, RecursionError):
             raise invalid(param, f"{param}: a function's arguments are not valid JSON.") from None
-    if _depth(arguments) > _MAX_TOOL_DEPTH:
+    if depth_of(arguments, _MAX_TOOL_DEPTH) > _MAX_TOOL_DEPTH:
         raise invalid(param, f"{param}: a function's arguments are nested deeper than {_MAX_TOOL_DEPTH}.")
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _depth(value: Any, depth: int = 0) -> int:
-    if depth > _MAX_TOOL_DEPTH or not isinstance(value, dict | list):
+def depth_of(value: Any, most: int, depth: int = 0) -> int:
+    """How deep lists and objects lie in each other; counted up to one more than `most`."""
+    if depth > most or not isinstance(value, dict | list):
         return depth
     children = value.values() if isinstance(value, dict) else value
-    return max((_depth(child, depth + 1) for child in children), default=depth + 1)
+    return max((depth_of(child, most, depth + 1) for child in children), default=depth + 1)
 
 
-def check_template_variables(variables: dict[str, Any] | None) -> dict[str, Any]:
-    """chat_template_kwargs, if all of them are allowed."""
-    for name in variables or {}:
+def template_variables(fields: ChatRequest, text: ModelText) -> dict[str, Any]:
+    """chat_template_kwargs, if all of them are allowed, and reasoning_effort, if the template knows it."""
+    variables: dict[str, Any] = dict(fields.chat_template_kwargs or {})
+    for name in variables:
         if name not in _TEMPLATE_VARIABLES:
             allowed = ", ".join(sorted(_TEMPLATE_VARIABLES))
             raise invalid("chat_template_kwargs", f"chat_template_kwargs may only set {allowed}.")
-    return variables or {}
+    if fields.reasoning_effort is not None:
+        if text.template is None or not text.template.mentions("reasoning_effort"):
+            raise unsupported("reasoning_effort")
+        variables.setdefault("reasoning_effort", fields.reasoning_effort)
+    return variables
 
 
 def render_chat(
@@ -247,6 +261,7 @@ def render_chat(
     add_generation_prompt: bool,
     continue_final_message: bool,
     variables: dict[str, Any],
+    tools: list[dict[str, Any]] | None = None,
     add_special_tokens: bool = False,
 ) -> list[int]:
     """A chat's prompt as token ids. Slow: call it in a thread. Raises ApiError."""
@@ -259,6 +274,7 @@ def render_chat(
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables=variables,
+            tools=tools,
         )
     except ChatTemplateError as error:
         raise invalid("messages", f"messages: {error}.") from None

@@ -1,6 +1,7 @@
 """Fleet: the workers behind this gateway. Who gets a request, what is loaded everywhere."""
 
 import asyncio
+import hashlib
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Lease:
     generations: dict[str | None, int]
     num_sequences: int
     quotas: Quotas
+    fingerprint: str  # of the model's and the adapters' content
 
     def release(self) -> None:
         """Gives the credits back; more than once is harmless."""
@@ -122,7 +124,9 @@ class Fleet:
         session.num_reserved += num_sequences
         generations: dict[str | None, int] = {None: BASE_GENERATION}
         generations.update((name, worker.adapters[name].generation) for name in names)
-        return Lease(session, model, text, generations, num_sequences, self._quotas)
+        contents = [model.digest, *sorted(worker.adapters[name].digest for name in names)]
+        fingerprint = hashlib.sha256(" ".join(contents).encode()).hexdigest()[:12]
+        return Lease(session, model, text, generations, num_sequences, self._quotas, fingerprint)
 
     async def load(
         self, name: str, source: str | None, pinned: bool | None, replace: bool, expected_generation: int | None = None

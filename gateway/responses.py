@@ -49,6 +49,7 @@ async def collect(generation: Generation, num_answers: int) -> list[Delta]:
             texts[delta.index].append(delta.text)
             answer.token_ids += delta.token_ids
             answer.logprobs += delta.logprobs
+            answer.prompt_logprobs = answer.prompt_logprobs or delta.prompt_logprobs
             answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
     for answer, pieces in zip(answers, texts, strict=True):
         answer.text = "".join(pieces)

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 MAX_STOPS = 16
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 1024  # in one request
+MAX_TOOLS = 128
+MAX_CHOICE = 1024  # texts to choose from
 
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 Stop = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)]
@@ -45,13 +47,38 @@ class StreamOptions(Struct, frozen=True):
     continuous_usage_stats: bool | None = None
 
 
+class JsonSchemaFormat(Struct):
+    """OpenAI's json_schema. Answers are held to it, strict or not."""
+
+    schema: dict[str, Any] | None = None
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct):
+    """What form the answer takes."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Struct):
+    """vLLM's way to ask for it; exactly one of these."""
+
+    json: dict[str, Any] | str | None = None
+    json_object: bool | None = None
+    regex: Annotated[str, Meta(min_length=1)] | None = None
+    choice: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1, max_length=MAX_CHOICE)] | None = None
+    grammar: Annotated[str, Meta(min_length=1)] | None = None
+
+
 class SamplingFields(Struct, kw_only=True):
     """The fields that the two OpenAI routes share."""
 
     model: Annotated[str, Meta(min_length=1)]
     max_tokens: NumTokens | None = None
     n: NumChoices | None = None
-    best_of: int | None = None
     stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -72,6 +99,9 @@ class SamplingFields(Struct, kw_only=True):
     add_special_tokens: bool | None = None
     cache_salt: CacheSalt | None = None
     lora_path: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class ContentPart(Struct):
@@ -89,6 +119,23 @@ class Message(Struct):
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class FunctionSpec(Struct):
+    """A function that the model may call; its parameters are a JSON schema."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\A[A-Za-z0-9_.-]+\Z")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Struct):
+    """A tool; functions are the only kind."""
+
+    type: Literal["function"]
+    function: FunctionSpec
 
 
 class ChatRequest(SamplingFields, kw_only=True):
@@ -101,12 +148,18 @@ class ChatRequest(SamplingFields, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
     """POST /v1/completions."""
 
     prompt: str | list[Any]
+    max_tokens: Annotated[int, Meta(ge=0)] | None = None  # 0: the prompt is scored, nothing is generated
+    best_of: NumChoices | None = None
     echo: bool | None = None
     logprobs: NumLogprobs | None = None
 
@@ -188,22 +241,37 @@ _REFUSED: dict[str, frozenset[bytes]] = {
     name: frozenset(values)
     for names, values in [
         ("tools functions audio web_search_options suffix documents chat_template prompt_logprobs prompt_embeds", []),
-        ("guided_json guided_regex guided_choice guided_grammar guided_decoding_backend structured_outputs", []),
+        ("guided_json guided_regex guided_choice guided_grammar guided_decoding_backend", []),
         ("use_beam_search bad_words allowed_token_ids truncate_prompt_tokens logprob_token_ids stop_regex", []),
-        ("regex ebnf json_schema structural_tag kv_transfer_params vllm_xargs custom_logit_processor", []),
+        (
+            "regex ebnf json_schema structural_tag response_format kv_transfer_params custom_logit_processor",
+            [],
+        ),
         ("return_token_ids return_tokens_as_token_ids return_logprob return_hidden_states", []),
         ("input_embeds image_data video_data audio_data session_params return_text_in_logprobs", []),
+        ("store moderation vllm_xargs", []),
         ("tool_choice function_call", [b'"none"']),
         ("modalities", [b'["text"]']),
-        ("length_penalty", [b"1", b"1.0"]),
+        ("length_penalty best_of", [b"1", b"1.0"]),
+        ("priority", [b"0"]),
+        ("verbosity", [b'"medium"']),
         ("spaces_between_special_tokens", [b"true"]),
     ]
     for name in names.split()
 }
+REFUSED_NAMES = tuple(sorted(_REFUSED))
 _BOOKKEEPING = frozenset(
-    ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options"]
-    + ["parallel_tool_calls", "reasoning_effort", "verbosity", "prediction", "moderation", "priority", "request_id"]
-    + ["session_id", "rid", "stream_interval", "truncation_side", "logprob_start_len", "top_logprobs_num"]
+    ["user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "parallel_tool_calls"]
+    + [
+        "prediction",
+        "request_id",
+        "session_id",
+        "rid",
+        "stream_interval",
+        "truncation_side",
+        "logprob_start_len",
+        "top_logprobs_num",
+    ]
 )
 
 
@@ -233,23 +301,8 @@ def check_other_fields(present: dict[str, Raw], known: frozenset[str]) -> None:
             value = bytes(present[name])
             if value not in _UNUSED and value not in _REFUSED[name]:
                 raise unsupported(name)
-        elif name == "response_format":
-            _check_response_format(present[name])
         elif name not in _BOOKKEEPING:
             logger.debug("ignored the unknown field %.64r", name)
-
-
-def _check_response_format(value: Raw) -> None:
-    if bytes(value) == b"null":
-        return
-    try:
-        kind = msgspec.json.decode(value, type=dict[str, Any]).get("type")
-    except (msgspec.MsgspecError, RecursionError):
-        raise invalid("response_format", "response_format must be an object with a type.") from None
-    if kind not in ("text", "json_object", "json_schema", "structural_tag"):
-        raise invalid("response_format", "response_format.type must be 'text'.")
-    if kind != "text":
-        raise unsupported("response_format")
 
 
 def _field_error(text: str) -> ApiError:

@@ -27,7 +27,7 @@ class StopMatcher:
         if first is not None:
             self._held = ""
             return text[: first[0] if self._include else first[1]], first[2]
-        num_held = max(_num_matching(text, stop) for stop in self._stops)
+        num_held = max(num_matching(text, stop) for stop in self._stops)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held], None
 
@@ -37,7 +37,7 @@ class StopMatcher:
         return held
 
 
-def _num_matching(text: str, stop: str) -> int:
+def num_matching(text: str, stop: str) -> int:
     """The length of the longest end of text that is a beginning of stop."""
     start = max(len(text) - len(stop) + 1, 0)
     while (start := text.find(stop[0], start)) >= 0:

@@ -27,7 +27,9 @@ class Tokenizer:
         self.hub.no_padding()
         spec = json.loads(tokenizer_json)
         self._byte_level = _mentions(spec.get("decoder"), "ByteLevel")
-        self._added = {token["id"]: token["content"] for token in spec.get("added_tokens", [])}
+        added = spec.get("added_tokens", [])
+        self._added = {token["id"]: token["content"] for token in added}
+        self._special = {token["id"]: token["content"] for token in added if token.get("special")}
         self.token_bytes = lru_cache(maxsize=32_768)(self._token_bytes)
         self.token_text = lru_cache(maxsize=32_768)(self._token_text)
 
@@ -41,6 +43,19 @@ class Tokenizer:
         """The text of token ids; ids outside the vocabulary have none."""
         text: str = self.hub.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_id(self, text: str) -> int | None:
+        """The token with exactly this text, if there is one."""
+        found: int | None = self.hub.token_to_id(text)
+        return found
+
+    def is_special(self, token_id: int) -> bool:
+        """True for a token that decoding leaves out unless told otherwise."""
+        return token_id in self._special
+
+    def has_special(self, text: str) -> bool:
+        """True if a text is such a token."""
+        return text in self._special.values()
 
     def _token_bytes(self, token_id: int) -> bytes:
         """What one token contributes to a text, which may be a part of a character."""

@@ -4,6 +4,10 @@ import math
 
 from protocol.errors import Error, ErrorCode
 from protocol.messages import Generate, ModelCard
+from protocol.sampling import SamplingParams
+
+# Values of a prompt's logprobs, the chosen and the likeliest together: at 15 bytes each a quarter of a frame.
+MAX_PROMPT_LOGPROBS = 2**18
 
 
 def check_generate(command: Generate, model: ModelCard) -> Error | None:
@@ -23,11 +27,31 @@ def check_generate(command: Generate, model: ModelCard) -> Error | None:
         return _invalid("stop_token_ids", f"a stop token id is outside the vocabulary of {model.vocab_size}")
     if any(token_id >= model.vocab_size for token_id in sampling.logit_bias):
         return _invalid("logit_bias", f"a logit_bias key is outside the vocabulary of {model.vocab_size}")
+    if sampling.grammar is not None and not model.grammars:
+        return _invalid("grammar", "this server's worker cannot hold answers to a grammar")
+    if (error := _check_prompt_logprobs(command, model)) is not None:
+        return error
+    return _check_finite(sampling)
+
+
+def _check_finite(sampling: SamplingParams) -> Error | None:
     for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
         if not math.isfinite(getattr(sampling, name)):  # MessagePack carries NaN, and NaN passes every comparison
             return _invalid(name, f"{name} must be finite")
     if not all(math.isfinite(bias) for bias in sampling.logit_bias.values()):
         return _invalid("logit_bias", "logit_bias values must be finite")
+    return None
+
+
+def _check_prompt_logprobs(command: Generate, model: ModelCard) -> Error | None:
+    asked = command.sampling.prompt_logprobs
+    if asked is None:
+        return None
+    if not model.prompt_logprobs:
+        return _invalid("prompt_logprobs", "this server's worker cannot give the logprobs of a prompt")
+    most = MAX_PROMPT_LOGPROBS // (asked + 1)
+    if len(command.prompt_token_ids) > most:
+        return _invalid("prompt_logprobs", f"so many logprobs a token need a prompt of at most {most} tokens")
     return None
 
 

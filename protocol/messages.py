@@ -38,7 +38,7 @@ class AdapterState(StrEnum):
 # -------------------------------------------------------------------------------------- what both sides describe
 
 
-class ModelCard(Struct, frozen=True, kw_only=True):
+class ModelCard(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The base model as gateways show it and as both sides check requests against."""
 
     names: list[str]  # the served names; the first is the one shown
@@ -49,6 +49,8 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     eos_token_ids: list[TokenId]
     lora_enabled: bool
     adapter_resolver: bool = False  # whether a name that is not loaded may be found and loaded on first use
+    prompt_logprobs: bool = False  # whether this worker can give the logprobs of a prompt's tokens
+    grammars: bool = False  # whether it can hold answers to grammars
 
 
 class AdapterInfo(Struct, frozen=True, kw_only=True):
@@ -266,6 +268,7 @@ class Output(Struct, frozen=True, kw_only=True, omit_defaults=True):
     offset: Unsigned
     token_ids: list[TokenId]
     logprobs: list[TokenLogprobs] | None = None  # one for each token, when asked for
+    prompt_logprobs: list[TokenLogprobs] | None = None  # one for each but the prompt's first; in the first output
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the stop_token_ids member or end-of-text token that ended it; part of token_ids
     cached_tokens: int = 0  # prompt tokens taken from the prefix cache; said in the first output

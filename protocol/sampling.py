@@ -1,15 +1,23 @@
 """SamplingParams: how tokens are chosen. The one definition, used by gateway and worker alike."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
 MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
+MAX_GRAMMAR_CHARS = 64 * 1024
 
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 TokenId = Annotated[int, Meta(ge=0)]
+
+
+class Grammar(Struct, frozen=True, forbid_unknown_fields=True):
+    """What an answer is held to, as its source: it is compiled where the tokens are chosen."""
+
+    kind: Literal["json_schema", "regex", "grammar"]  # grammar: llguidance's Lark, or GBNF
+    source: Annotated[str, Meta(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -36,3 +44,6 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     ignore_eos: bool = False
     # None: no logprobs. k: the chosen token's logprob and those of the k likeliest, of the raw distribution.
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    # The same for every token of the prompt but the first, which nothing comes before.
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    grammar: Grammar | None = None

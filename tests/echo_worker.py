@@ -4,7 +4,8 @@ It speaks the protocol from its own reading of it, and imports nothing of the wo
 
     python -m tests.echo_worker --endpoint ipc:///tmp/x/worker.sock [--control ipc:///tmp/x/control.sock] [--delay-ms 1]
 
-The control socket (REQ) takes one JSON object: {"do": "die", "hang", "mute", "drop", "gone", "delay" or "stats", ...}.
+The control socket (REQ) takes one JSON object, {"do": ...}: die, hang, mute, drop, gone, delay, say, stats.
+Told to say some tokens, it answers everything with them and the end of text, until it is told to say nothing.
 """
 
 import argparse
@@ -58,6 +59,7 @@ from protocol.session import EventSender, Receiver
 from tests import tiny_model
 
 BASE = "echo/base"
+EOS = 2
 NUM_SPECIAL = len(tiny_model.SPECIAL)
 
 
@@ -75,6 +77,13 @@ def echo_tokens(prompt: list[int], digest: str, seed: int | None, num_tokens: in
     """The whole answer."""
     key = echo_key(prompt, digest, seed)
     return [echo_token(key, i) for i in range(num_tokens)]
+
+
+def echo_logprobs(token: int, num_top: int) -> TokenLogprobs:
+    """Of a token, wherever it stands; the likeliest are it and the first others."""
+    logprob = -(1 + token % 63) / 64  # exact in binary, so that it is the same after any journey
+    others = [i for i in range(NUM_SPECIAL, NUM_SPECIAL + num_top) if i != token]
+    return TokenLogprobs(logprob, [(token, logprob), *((i, -1.0 - i) for i in others)][:num_top])
 
 
 def digest_of(source: str) -> str:
@@ -106,10 +115,10 @@ class EchoWorker:
     """The whole worker: one loop over the sockets and one token a step for every sequence."""
 
     def __init__(
-        self, endpoint: str, control: str | None, delay_ms: float, num_credits: int, adapters: list[str]
+        self, endpoint: str, control: str | None, delay_ms: float, num_credits: int, adapters: list[str], tools: bool
     ) -> None:
         self.epoch = os.urandom(16)
-        self.files = tiny_model.files()
+        self.files = tiny_model.files(tiny_model.TOOL_TEMPLATE if tools else tiny_model.TEMPLATE)
         self.credits = num_credits
         self.delay_s = delay_ms / 1000
         self.created = int(time.time())
@@ -121,6 +130,8 @@ class EchoWorker:
         self.failed: dict[str, AdapterEntry] = {}
         self.counts = {"aborts": 0, "generates": 0, "hellos": 0, "drop": 0, "gone": 0, "steps": 0}
         self.muted = False
+        self.said: list[int] = []
+        self.last_grammar: list[str] = []
         context = zmq.Context()
         self.router = context.socket(zmq.ROUTER)
         self.router.setsockopt(zmq.LINGER, 0)
@@ -172,10 +183,18 @@ class EchoWorker:
                 self.counts["drop"] += 1
             case "gone":
                 self.counts["gone"] = order["times"]
+            case "say":
+                self.said = order["tokens"]
             case "delay":
                 self.delay_s = order["ms"] / 1000
         running = sum(len(peer.running) for peer in self.peers.values())
-        return {**self.counts, "running": running, "peers": len(self.peers), "pid": os.getpid()}
+        return {
+            **self.counts,
+            "running": running,
+            "peers": len(self.peers),
+            "pid": os.getpid(),
+            "grammar": self.last_grammar,
+        }
 
     def _receive(self) -> bool:
         try:
@@ -243,9 +262,11 @@ class EchoWorker:
             created=self.created,
             vocab_size=tiny_model.VOCAB_SIZE,
             max_model_len=4096,
-            eos_token_ids=[2],
+            eos_token_ids=[EOS],
             lora_enabled=True,
             adapter_resolver=True,
+            prompt_logprobs=True,
+            grammars=True,
         )
         files = [FileInfo(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in self.files.items()]
         event = Welcome(
@@ -261,6 +282,13 @@ class EchoWorker:
 
     def _generate(self, routing_id: bytes, peer: Peer, command: Generate) -> None:
         self.counts["generates"] += 1
+        grammar = command.sampling.grammar
+        self.last_grammar = [grammar.kind, grammar.source] if grammar else []
+        if grammar is not None and "impossible" in grammar.source:
+            error = Error(ErrorCode.INVALID_REQUEST, "The grammar cannot be used.", "grammar")
+            output = Output(request_id=command.request_id, offset=0, token_ids=[], error=error)
+            self._send(routing_id, Outputs(outputs=[output]))
+            return
         digest = ""
         if command.generation:
             if command.generation not in self.adapters or self.counts["gone"]:
@@ -434,9 +462,11 @@ class EchoWorker:
         command, offset = running.command, running.num_sent
         sampling = command.sampling
         token = echo_token(running.key, offset)
+        if self.said:
+            token = [*self.said, EOS][offset]
         running.num_sent += 1
         finish, stop_token = None, None
-        if token in sampling.stop_token_ids and running.num_sent >= sampling.min_tokens:
+        if token == EOS or token in sampling.stop_token_ids and running.num_sent >= sampling.min_tokens:
             finish, stop_token = FinishReason.STOP, token
         elif running.num_sent >= sampling.max_tokens:
             finish = FinishReason.LENGTH
@@ -444,13 +474,16 @@ class EchoWorker:
             del peer.running[command.request_id]
         logprobs = None
         if sampling.logprobs is not None:
-            top = [(token, -0.25), *((i, -1.0 - i) for i in range(3, 3 + sampling.logprobs))][: sampling.logprobs]
-            logprobs = [TokenLogprobs(-0.25, top)]
+            logprobs = [echo_logprobs(token, sampling.logprobs)]
+        prompt_logprobs = None
+        if sampling.prompt_logprobs is not None and offset == 0:
+            prompt_logprobs = [echo_logprobs(t, sampling.prompt_logprobs) for t in command.prompt_token_ids[1:]]
         return Output(
             request_id=command.request_id,
             offset=offset,
             token_ids=[token],
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             finish_reason=finish,
             stop_token_id=stop_token,
             cached_tokens=1 if offset == 0 and len(command.prompt_token_ids) > 1 else 0,
@@ -495,9 +528,11 @@ def main() -> None:
     parser.add_argument("--delay-ms", type=float, default=1.0)
     parser.add_argument("--credits", type=int, default=4096)
     parser.add_argument("--lora-paths", nargs="*", default=[])
+    parser.add_argument("--tools", action="store_true", help="offer a chat template that knows tools")
     parser.add_argument("--log-level", help="as the real worker has it; nothing is logged here")
     options = parser.parse_args()
-    EchoWorker(options.endpoint, options.control, options.delay_ms, options.credits, options.lora_paths).run()
+    adapters, tools = options.lora_paths, options.tools
+    EchoWorker(options.endpoint, options.control, options.delay_ms, options.credits, adapters, tools).run()
 
 
 if __name__ == "__main__":

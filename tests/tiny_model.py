@@ -13,6 +13,15 @@ TEMPLATE = (
 )
 
 
+# In the manner of Hermes and Qwen: where tools are shown, how calls and results are written in the history.
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools><|im_end|>"
+    "\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
+    '<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>'
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 def tokenizer_json() -> bytes:
     """Special tokens, the 256 bytes, then two-letter merges up to the vocabulary's size."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -31,9 +40,9 @@ def tokenizer_json() -> bytes:
     return tokenizer.to_str().encode()
 
 
-def files() -> dict[str, bytes]:
+def files(template: str = TEMPLATE) -> dict[str, bytes]:
     """The files a worker offers."""
-    config = {"bos_token": None, "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+    config = {"bos_token": None, "eos_token": "<|im_end|>", "chat_template": template}
     return {
         "tokenizer.json": tokenizer_json(),
         "tokenizer_config.json": json.dumps(config).encode(),

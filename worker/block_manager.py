@@ -44,6 +44,8 @@ class BlockManager:
         At least one token stays to be computed, since the next token comes from its logits.
         """
         assert not sequence.block_table and sequence.num_computed_tokens == 0
+        if sequence.sampling.prompt_logprobs is not None:
+            return 0  # they come of computing the whole prompt
         found = self._cache.find(sequence.namespace, sequence.token_ids, len(sequence.token_ids) - 1)
         for block_id in found:
             self._blocks[block_id].num_references += 1

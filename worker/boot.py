@@ -20,11 +20,13 @@ from worker.chunk_layout import ChunkLayout
 from worker.config import ConfigError, WorkerConfig
 from worker.device import Target, find_target
 from worker.engine import Engine
+from worker.grammar import GrammarCompiler
+from worker.grammar_service import GrammarService
 from worker.kv_cache import KVCache
 from worker.mailbox import Message, Outbox, Stop
 from worker.memory import MIB, MemoryPlan, MemoryShortage, plan_memory
 from worker.model_config import ModelConfig, ModelError
-from worker.model_files import fingerprint, read_tokenizer_files
+from worker.model_files import TOKENIZER_FILE, fingerprint, read_tokenizer_files
 from worker.model_runner import ModelRunner
 from worker.model_source import ModelNotFound, default_cache_dir, resolve_model
 from worker.private_store import PrivateStore
@@ -137,6 +139,8 @@ def _load_base(config: WorkerConfig) -> Base:
         vocab_size=model_config.vocab_size,
         max_model_len=plan.max_model_len,
         eos_token_ids=list(model_config.eos_token_ids),
+        prompt_logprobs=True,
+        grammars=(directory / TOKENIZER_FILE).exists(),
         lora_enabled=config.lora_enabled,
         adapter_resolver=config.adapter_resolver is not None,
     )
@@ -241,7 +245,16 @@ def _make_engine(
         server.post,
         max_loras_per_batch=config.max_loras_per_batch,
         runs_ahead=base.target.device.type == "cuda",
+        grammars=_make_grammars(base, inbox),
     )
+
+
+def _make_grammars(base: Base, inbox: Inbox) -> GrammarService | None:
+    if not base.card.grammars:
+        return None
+    eos = tuple(base.card.eos_token_ids)
+    compiler = GrammarCompiler(base.directory / TOKENIZER_FILE, base.card.vocab_size, eos)
+    return GrammarService(compiler.compile, Background("grammar", 1, inbox))
 
 
 def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None, start_up: StartUp) -> Runner:

@@ -23,6 +23,8 @@ from protocol.messages import (
 )
 from worker.adapter_service import AdapterService, Failure
 from worker.block_manager import BlockManager
+from worker.grammar import GrammarError, Matcher
+from worker.grammar_service import GrammarService
 from worker.mailbox import Admin, Cancel, CancelAll, JobDone, Mail, Message, Outbox, Owner, Start, Stop
 from worker.scheduler import Scheduler
 from worker.sequence import Sample, ScheduledSequence, Sequence
@@ -47,6 +49,7 @@ class Engine:
         *,
         max_loras_per_batch: int,
         runs_ahead: bool,
+        grammars: GrammarService | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """send hands a step's events to the I/O thread; it never blocks. runs_ahead: see StepPipeline."""
@@ -54,6 +57,7 @@ class Engine:
         self._scheduler = scheduler
         self._blocks = blocks
         self._adapters = adapters
+        self._grammars = grammars
         self._inbox = inbox
         self._outbox = outbox
         self._send = send
@@ -123,12 +127,9 @@ class Engine:
             case Start(owner, command):
                 self._start(owner, command)
             case Cancel(owner, request_id):
-                sequence = self._sequences.get(owner, {}).get(request_id)
-                if sequence is not None:
-                    self._end(sequence)
+                self._cancel(owner, request_id)
             case CancelAll(owner):
-                for sequence in list(self._sequences.get(owner, {}).values()):
-                    self._end(sequence)
+                self._cancel(owner)
             case Admin(owner, command):
                 if isinstance(command, LoadAdapter):
                     self._adapters.load(owner, command)
@@ -140,15 +141,37 @@ class Engine:
                 stop_at_s = self._clock() + grace_s
                 self._stop_at_s = min(stop_at_s, self._stop_at_s or stop_at_s)
 
+    def _cancel(self, owner: Owner, request_id: int | None = None) -> None:
+        """Ends one request of a session, or all, without a word."""
+        if self._grammars is not None:
+            self._grammars.cancel(owner, request_id)
+        for sequence in list(self._sequences.get(owner, {}).values()):
+            if request_id is None or _origin(sequence)[1] == request_id:
+                self._end(sequence)
+
     def _start(self, owner: Owner, command: Generate) -> None:
-        # The base model's namespace starts with a byte that no digest holds: a salt cannot pass for an adapter.
-        request_id, namespace = command.request_id, b"\0" + command.cache_salt.encode()
+        request_id = command.request_id
         error = check_generate(command, self._model)
         if error is None and self._stop_at_s is not None:
             error = Error(ErrorCode.OVERLOADED, "the worker is shutting down")
         if error is not None:
             self._refuse(owner, request_id, error)
-            return
+        elif command.sampling.grammar is not None and self._grammars is not None:
+            self._grammars.compile(owner, command, self._start_held)
+        else:
+            self._start_checked(owner, command)
+
+    def _start_held(self, owner: Owner, command: Generate, matcher: Matcher | GrammarError) -> None:
+        """The same for an answer that is to be held to a grammar, now that it is compiled."""
+        if isinstance(matcher, GrammarError):
+            message = f"the grammar cannot be used: {matcher}"
+            self._refuse(owner, command.request_id, Error(ErrorCode.INVALID_REQUEST, message, "grammar"))
+        else:
+            self._start_checked(owner, command, matcher)
+
+    def _start_checked(self, owner: Owner, command: Generate, matcher: Matcher | None = None) -> None:
+        # The base model's namespace starts with a byte that no digest holds: a salt cannot pass for an adapter.
+        request_id, namespace = command.request_id, b"\0" + command.cache_salt.encode()
         if command.generation != BASE_GENERATION:
             adapter = self._adapters.bind(command.generation)
             if isinstance(adapter, Error):
@@ -167,6 +190,7 @@ class Engine:
             namespace=namespace,
             owner=(owner, request_id),
             arrival_s=self._clock(),
+            matcher=matcher,
         )
         error = self._scheduler.add(sequence)
         if error is not None:
@@ -195,6 +219,12 @@ class Engine:
             self._append(sequence, outcome)
 
     def _append(self, sequence: Sequence, sample: Sample) -> None:
+        if sequence.matcher is not None:
+            try:
+                sequence.matcher.accept(sample.token_id)
+            except GrammarError as refused:
+                self._end(sequence, Error(ErrorCode.INVALID_REQUEST, f"the grammar failed: {refused}", "grammar"))
+                return
         offset = sequence.num_output_tokens
         sequence.token_ids.append(sample.token_id)
         self._num_generation_tokens += 1
@@ -208,6 +238,7 @@ class Engine:
             offset=offset,
             token_ids=[sample.token_id],
             logprobs=logprobs,
+            prompt_logprobs=None if offset or sequence.sampling.prompt_logprobs is None else sequence.prompt_logprobs,
             finish_reason=reason,
             stop_token_id=stop_token_id,
             cached_tokens=0 if offset else sequence.num_cached_tokens,
@@ -223,6 +254,8 @@ class Engine:
         stops = stops or (token_id in self._model.eos_token_ids and not sampling.ignore_eos)
         if stops and sequence.num_output_tokens > sampling.min_tokens:
             return FinishReason.STOP, token_id
+        if sequence.matcher is not None and sequence.matcher.is_over:
+            return FinishReason.STOP, token_id if token_id in self._model.eos_token_ids else None
         out_of_context = len(sequence.token_ids) >= self._model.max_model_len
         if sequence.num_output_tokens >= sampling.max_tokens or out_of_context:
             return FinishReason.LENGTH, None

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from worker.last_tokens import LastTokens
-from worker.sampler import Choices, Sampler, has_penalties, is_plain_greedy
+from worker.prompt_logprobs import ShareScores
+from worker.sampler import Choices, Sampler, is_plain_greedy, needs_known_tokens
 from worker.sequence import Sample, ScheduledSequence
 from worker.transfer import Download, upload
 
@@ -26,8 +27,9 @@ class LaunchedStep:
         rows: list[int],
         logits: Tensor,
         greedy: Tensor | None = None,
+        scores: list[ShareScores] | None = None,
     ) -> None:
-        """sampled[i] takes its token from logits[rows[i]]. logits may be changed.
+        """sampled[i] takes its token from logits[rows[i]]. logits may be changed. scores: of prompts in this step.
 
         greedy: int64 [num_rows], each row's best as kernels.reference.argmax has it, where that is found already; it
         is what plain greedy rows get, and is changed for the others.
@@ -37,6 +39,7 @@ class LaunchedStep:
         self._logits = logits
         self._tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if greedy is None else greedy
         self._with_logprobs: list[tuple[list[Entry], Tensor, Tensor]] = []
+        self._scores = scores or []
         self._download: Download | None = None
         last_tokens.set_rows({s.sequence.sequence_id: row for s, row in zip(sampled, rows, strict=True)})
         to_choose = [(i, s) for i, s in enumerate(sampled) if greedy is None or not is_plain_greedy(s)]
@@ -54,9 +57,12 @@ class LaunchedStep:
             self._bring_home()
 
     def collect(self) -> list[Sample]:
-        """One Sample for each of `sampled`. Waits for the step."""
+        """One Sample for each of `sampled`; scores go to their sequences. Waits for the step."""
         assert self._download is not None, "sample_late comes first"
         tokens, *logprobs = self._download.wait()
+        for scores in reversed(self._scores):
+            *logprobs, values, ids = logprobs
+            scores.take(values, ids)
         chosen: list[int] = tokens.tolist()
         samples = [Sample(token, failed=token < 0) for token in map(chosen.__getitem__, self._rows)]
         for (entries, _, _), of_entries, likeliest in zip(
@@ -90,8 +96,9 @@ class LaunchedStep:
 
     def _bring_home(self) -> None:
         logprobs = [tensor for _, values, ids in self._with_logprobs for tensor in (values, ids)]
-        self._download = Download([self._tokens, *logprobs])
+        scores = [tensor for scores in self._scores for tensor in scores.tensors]
+        self._download = Download([self._tokens, *logprobs, *scores])
 
 
 def _is_late(scheduled: ScheduledSequence) -> bool:
-    return has_penalties(scheduled.sequence.sampling) and scheduled.end > len(scheduled.sequence.token_ids)
+    return needs_known_tokens(scheduled.sequence.sampling) and scheduled.end > len(scheduled.sequence.token_ids)

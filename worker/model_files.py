@@ -3,8 +3,9 @@
 import hashlib
 from pathlib import Path
 
+TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",

@@ -1,5 +1,7 @@
 """ModelRunner: runs a scheduled batch through the model and chooses the next tokens."""
 
+from itertools import accumulate
+
 import torch
 
 from worker.adapter_pool import AdapterPool
@@ -9,6 +11,7 @@ from worker.launched_step import LaunchedStep
 from worker.model_config import ModelConfig
 from worker.model_input import LoraPlanner, build_model_input
 from worker.models.decoder import Decoder
+from worker.prompt_logprobs import score_prompts
 from worker.sampler import Sampler
 from worker.sequence import ScheduledSequence
 
@@ -44,8 +47,10 @@ class ModelRunner:
             # Slots behind a context's end are masked by a factor of 0, which a NaN left by an earlier owner survives.
             self.kv_cache.data[model_input.fresh_blocks] = 0
         hidden = self.model.forward(model_input.token_ids, model_input.step)
+        first_rows = accumulate((scheduled.num_tokens for scheduled in batch[:-1]), initial=0)
+        scores = score_prompts(batch, list(first_rows), hidden, self.model.logits)
         sampled = [scheduled for scheduled in batch if scheduled.samples]
         if model_input.sample_rows is not None:
             hidden = hidden[model_input.sample_rows]
         logits = self.model.logits(hidden) if sampled else hidden
-        return LaunchedStep(self._sampler, self._last_tokens, sampled, list(range(len(sampled))), logits)
+        return LaunchedStep(self._sampler, self._last_tokens, sampled, list(range(len(sampled))), logits, scores=scores)

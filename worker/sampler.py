@@ -5,6 +5,7 @@ the random number is a function of the sequence's seed and the output's position
 nothing waits; the host reads the choices when it needs them.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from protocol.sampling import MAX_LOGPROBS, SamplingParams
-from worker.sequence import ScheduledSequence
+from worker.grammar import GrammarError
+from worker.sequence import ScheduledSequence, SequenceStatus
 from worker.transfer import upload
 
 # Candidates that top-p looks at first: sorting a whole vocabulary of 49152 costs 10 times as much as finding these.
@@ -42,14 +44,17 @@ def is_plain_greedy(scheduled: ScheduledSequence) -> bool:
         params.temperature == 0
         and params.logprobs is None
         and not params.logit_bias
-        and not has_penalties(params)
+        and not needs_known_tokens(params)
         and scheduled.output_position >= params.min_tokens
     )
 
 
-def has_penalties(params: SamplingParams) -> bool:
+def needs_known_tokens(params: SamplingParams) -> bool:
     """Whether the choice depends on the tokens so far, all of which must be known then."""
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+    has_penalties = (
+        params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+    )
+    return has_penalties or params.grammar is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +134,8 @@ class Sampler:
                 counts = Counter(sequence.token_ids[sequence.num_prompt_tokens :])
                 numbers = torch.tensor(list(counts.values()))
                 counted.add(first, list(counts), -(sampling.presence_penalty + sampling.frequency_penalty * numbers))
-            if scheduled.output_position < sampling.min_tokens:
+            is_over = sequence.matcher is not None and sequence.matcher.is_over  # then nothing else is allowed
+            if scheduled.output_position < sampling.min_tokens and not is_over:
                 stops = {*self._eos_token_ids, *sampling.stop_token_ids}
                 masked.add(first, [token for token in stops if token < vocab_size], torch.empty(0))
         flat = logits.view(-1)
@@ -143,6 +149,7 @@ class Sampler:
             flat.index_add_(0, *counted.upload(flat.device))
         if masked.places:
             flat.index_fill_(0, masked.upload(flat.device)[0], -torch.inf)
+        _hold_to_grammars(logits, batch)
 
     def _choose(self, logits: Tensor, batch: list[ScheduledSequence]) -> Tensor:
         drawn = [row for row, scheduled in enumerate(batch) if scheduled.sequence.sampling.temperature > 0]
@@ -174,6 +181,25 @@ class _Edits:
     def upload(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """int64 places, float32 amounts."""
         return upload(torch.tensor(self.places), device), upload(torch.cat(self.amounts).float(), device)
+
+
+def _hold_to_grammars(logits: Tensor, batch: list[ScheduledSequence]) -> None:
+    """Takes every token away that a row's grammar does not allow, in place. Whatever it costs is theirs alone."""
+    rows, masks = [], []
+    for row, scheduled in enumerate(batch):
+        sequence = scheduled.sequence
+        if sequence.matcher is not None and sequence.status is SequenceStatus.RUNNING:
+            # A grammar past its limits allows everything here and fails its sequence when it is told the token.
+            with contextlib.suppress(GrammarError):
+                masks.append(sequence.matcher.mask())
+                rows.append(row)
+    if not rows:
+        return
+    packed = torch.frombuffer(bytearray(b"".join(masks)), dtype=torch.uint8).view(len(rows), -1)
+    bits = upload(packed, logits.device)[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1
+    allowed = bits.view(len(rows), -1)[:, : logits.shape[-1]].bool()
+    places = upload(torch.tensor(rows), logits.device)
+    logits.index_copy_(0, places, logits.index_select(0, places).masked_fill_(~allowed, -torch.inf))
 
 
 def _rows(values: Tensor, rows: list[int]) -> Tensor:

@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from protocol.messages import BASE_GENERATION
+from protocol.messages import BASE_GENERATION, TokenLogprobs
 from protocol.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from worker.grammar import Matcher
 
 
 class SequenceStatus(Enum):
@@ -41,6 +45,8 @@ class Sequence:
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
     num_preemptions: int = 0
     arrival_s: float = 0.0  # monotonic
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the second token on, as far as known
+    matcher: "Matcher | None" = None  # what the answer is held to; it has taken the answer's known tokens
 
     @property
     def num_output_tokens(self) -> int:

@@ -17,6 +17,7 @@ from worker.layers.step import Lora
 from worker.model_config import ModelConfig
 from worker.models.decoder import Decoder
 from worker.paged_input import BUCKETS, Adapted, EagerStep, StepRows, adapted_rows, eager_step, lay_out, work_list
+from worker.prompt_logprobs import is_scored, score_prompts
 from worker.sampler import Draws, Sampler
 from worker.sequence import ScheduledSequence, Sequence
 
@@ -62,16 +63,17 @@ class TritonRunner:
         rows = lay_out(batch, self._buckets)
         adapted = adapted_rows(rows, self.pool)
         sampled = [scheduled for scheduled in batch if scheduled.samples]
-        if self._graphs is not None and self._graphs.fits(rows):
+        if self._graphs is not None and self._graphs.fits(rows) and not any(map(is_scored, batch)):
             tokens, logits = self._graphs.replay(rows, adapted)
             of_sampled = [row for row, scheduled in enumerate(batch) if scheduled.samples]
             return LaunchedStep(self._sampler, self._last_tokens, sampled, of_sampled, logits, tokens)
         eager = eager_step(rows, self.kv_cache, self._config, self._last_tokens)
         hidden = self._forward(rows, eager, adapted)
+        scores = score_prompts((*rows.decodes, *rows.prefills), rows.first_rows, hidden, self.model.logits)
         logits, tokens = self._best(hidden, eager)
         place = {scheduled.sequence.sequence_id: row for row, scheduled in enumerate(eager.sampled)}
         of_sampled = [place[scheduled.sequence.sequence_id] for scheduled in sampled]
-        return LaunchedStep(self._sampler, self._last_tokens, sampled, of_sampled, logits, tokens)
+        return LaunchedStep(self._sampler, self._last_tokens, sampled, of_sampled, logits, tokens, scores)
 
     @torch.inference_mode()
     def warm_up(self, max_tokens: int) -> None:

@@ -38,6 +38,16 @@ def test_renders_as_transformers_does(source: str, prompt: bool) -> None:
     assert ours == theirs[0]
 
 
+def test_tools_are_rendered_as_transformers_does() -> None:
+    parameters = {"type": "object", "properties": {"city": {"type": "string", "description": "<é> & 'x'"}}}
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": parameters}}]
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}
+    messages = [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    source = "{% for t in tools %}{{ t | tojson(indent=4) }}{% endfor %}" + TOOLS
+    theirs, _ = render_jinja_template([messages], chat_template=source, tools=tools, bos_token="<s>", documents=None)
+    assert render(source, messages, tools=tools, add_generation_prompt=False) == theirs[0]
+
+
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text(max_size=20)), min_size=1, max_size=5))
 @settings(max_examples=50)
 def test_any_content_is_as_transformers_renders_it(pairs: list[tuple[str, str]]) -> None:

@@ -4,12 +4,13 @@ import json
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from starlette.applications import Starlette
 
 from gateway.tokenizer import Tokenizer
 from tests import tiny_model
-from tests.echo_worker import digest_of, echo_tokens
+from tests.echo_worker import digest_of, echo_logprobs, echo_tokens
 
 TOKENIZER = Tokenizer(tiny_model.tokenizer_json())
 HI = [{"role": "user", "content": "hi"}]
@@ -115,7 +116,7 @@ async def test_chat_logprobs(client: httpx.AsyncClient, streamed: bool) -> None:
     ids = echo_tokens(TOKENIZER.encode(chat_prompt("hi"), False), digest_of("x"), None, 30)
     assert len(entries) == 30
     assert b"".join(bytes(entry["bytes"]) for entry in entries) == b"".join(map(TOKENIZER.token_bytes, ids))
-    assert [entry["logprob"] for entry in entries] == [-0.25] * 30
+    assert [entry["logprob"] for entry in entries] == [echo_logprobs(i, 0).logprob for i in ids]
     assert [len(entry["top_logprobs"]) for entry in entries] == [2] * 30
 
 
@@ -211,7 +212,7 @@ async def test_null_is_absent_and_bookkeeping_is_accepted(client: httpx.AsyncCli
         "n stop stream stream_options seed temperature top_p logit_bias best_of logprobs max_completion_tokens tools"
     )
     body = {name: None for name in nulls.split()}
-    extras = {"user": "u", "metadata": {}, "store": False, "service_tier": "auto", "made_up": 1, "best_of": 1}
+    extras = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "made_up": 1, "best_of": 1}
     refused = {"response_format": {"type": "text"}, "tool_choice": "none", "modalities": ["text"], "functions": []}
     await post(client, CHAT, model="lora0", messages=HI, max_tokens=1, **{**body, **extras, **refused})
     await post(client, COMPLETIONS, model="lora0", prompt="x", echo=None, suffix=None, **body)
@@ -258,17 +259,21 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"stream_options": {}}, "stream_options", None),
     ({"seed": 2**63}, "seed", None),
     ({"best_of": 3}, "best_of", "unsupported_parameter"),
-    ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-    ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
-    ({"response_format": {"type": "poem"}}, "response_format", None),
+    ({"tool_choice": "required"}, "tool_choice", None),
+    ({"response_format": {"type": "poem"}}, "response_format.type", None),
     ({"response_format": 5}, "response_format", None),
     ({"guided_json": {}, "guided_regex": "a"}, "guided_regex", "unsupported_parameter"),
-    ({"structured_outputs": {"json": {}}}, "structured_outputs", "unsupported_parameter"),
     ({"chat_template": "{{ x }}"}, "chat_template", "unsupported_parameter"),
     ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs", None),
     ({"chat_template_kwargs": {"enable_thinking": [1]}}, "chat_template_kwargs[...]", None),
     ({"audio": {"voice": "x"}}, "audio", "unsupported_parameter"),
+    ({"store": True}, "store", "unsupported_parameter"),
+    ({"priority": 3}, "priority", "unsupported_parameter"),
+    ({"verbosity": "low"}, "verbosity", "unsupported_parameter"),
+    ({"reasoning_effort": "low"}, "reasoning_effort", "unsupported_parameter"),
+    ({"reasoning_effort": "much"}, "reasoning_effort", None),
+    ({"service_tier": "flex"}, "service_tier", None),
+    ({"max_tokens": 0, "echo": True}, "max_tokens", None),
     ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message", None),
     ({"cache_salt": "x" * 129}, "cache_salt", None),
 ]
@@ -303,7 +308,15 @@ async def test_bad_chats(
         ({"prompt": ["x"] * 1025}, "prompt"),
         ({"suffix": "x"}, "suffix"),
         ({"logprobs": 21}, "logprobs"),
-        ({"echo": True, "logprobs": 1}, "echo with logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1, "echo": True}, "max_tokens"),
+        ({"best_of": 2, "n": 3}, "best_of"),
+        ({"best_of": 9}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"store": True}, "store"),
+        ({"priority": 1}, "priority"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"echo": True, "logprobs": 1, "prompt": [0, 400]}, "prompt"),
         ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ],
     ids=lambda value: str(value)[:40],
@@ -389,3 +402,67 @@ async def test_no_credit_is_a_429_with_retry_after(app: Starlette, client: httpx
 async def test_more_than_could_ever_run_is_a_400(client: httpx.AsyncClient) -> None:
     reply = await post(client, COMPLETIONS, 400, model="lora0", prompt=["x"] * 1000, n=8)
     assert reply["error"]["param"] == "n"
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 7])
+@pytest.mark.parametrize("prompt", ["hello <|im_end|> 世", [5, 6, 250, 1, 7]])
+async def test_echo_with_logprobs(client: httpx.AsyncClient, prompt: Any, max_tokens: int) -> None:
+    """What lm-eval sends to score a text: the prompt's own tokens come first, the first of them without a logprob."""
+    body = {"model": "lora0", "prompt": prompt, "max_tokens": max_tokens, "logprobs": 2, "echo": True}
+    reply = await post(client, COMPLETIONS, **body)
+    [choice] = reply["choices"]
+    ids = TOKENIZER.encode(prompt, True) if isinstance(prompt, str) else prompt
+    text = prompt if isinstance(prompt, str) else TOKENIZER.decode(prompt, False)
+    answer = echo_tokens(ids, digest_of("x"), None, max_tokens)
+    assert choice["text"] == text + TOKENIZER.decode(answer)
+    assert reply["usage"]["completion_tokens"] == max_tokens
+    assert choice["finish_reason"] == "length"
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == [TOKENIZER.token_text(i) for i in ids + answer]
+    wanted = [echo_logprobs(i, 0).logprob for i in ids + answer]
+    assert logprobs["token_logprobs"] == [None, *wanted[1:]]
+    assert logprobs["top_logprobs"][0] is None and all(len(top) in (1, 2) for top in logprobs["top_logprobs"][1:])
+    offsets = logprobs["text_offset"]
+    assert offsets == sorted(offsets) and offsets[0] == 0
+    for token, offset in zip(logprobs["tokens"], offsets, strict=True):
+        if "\ufffd" not in token:
+            assert choice["text"].startswith(token, offset), (token, offset)
+
+
+async def test_echo_with_logprobs_where_the_worker_cannot_score(app: Starlette, client: httpx.AsyncClient) -> None:
+    worker = app.state.gateway.fleet.workers[0]
+    worker.model = msgspec.structs.replace(worker.model, prompt_logprobs=False)
+    reply = await post(client, COMPLETIONS, 400, model="lora0", prompt="x", echo=True, logprobs=1)
+    assert reply["error"]["param"] == "echo with logprobs"
+    assert reply["error"]["code"] == "unsupported_parameter"
+
+
+async def test_best_of_shows_the_likeliest(client: httpx.AsyncClient) -> None:
+    def mean(seed: int) -> float:
+        ids = echo_tokens(TOKENIZER.encode("hi", True), digest_of("x"), seed, 6)
+        return sum(echo_logprobs(i, 0).logprob for i in ids) / 6
+
+    body = {"model": "lora0", "prompt": ["hi", "you"], "max_tokens": 6, "seed": 3, "n": 2, "best_of": 5}
+    reply = await post(client, COMPLETIONS, **body)
+    best = sorted(range(3, 8), key=mean, reverse=True)[:2]
+    assert [choice["text"] for choice in reply["choices"][:2]] == [expected("hi", "x", 6, seed) for seed in best]
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+    assert all(choice["logprobs"] is None for choice in reply["choices"])
+    assert reply["usage"]["completion_tokens"] == 60
+    num_prompt = len(TOKENIZER.encode("hi", True)) + len(TOKENIZER.encode("you", True))
+    assert reply["usage"]["prompt_tokens"] == num_prompt
+
+
+async def test_a_reply_says_what_it_came_from(client: httpx.AsyncClient) -> None:
+    seen = {}
+    for model in ("lora0", "echo/base:lora0", "team/a:b", "echo/base"):
+        for path, prompt in ((CHAT, {"messages": HI}), (COMPLETIONS, {"prompt": "hi"})):
+            body = {"model": model, **prompt, "max_tokens": 2, "service_tier": "auto"}
+            whole = await post(client, path, **body)
+            chunks = await stream(client, path, **body)
+            replies = [whole, *chunks]
+            assert {reply["service_tier"] for reply in replies} == {"default"}
+            seen.setdefault(model, set()).update(reply["system_fingerprint"] for reply in replies)
+    assert seen["lora0"] == seen["echo/base:lora0"]
+    assert len(set.union(*seen.values())) == 3
+    assert "service_tier" not in await post(client, COMPLETIONS, model="lora0", prompt="hi", max_tokens=1)

@@ -8,7 +8,7 @@ import pytest
 
 from protocol.codec import decode_command, decode_event, encode
 from protocol.messages import AnyCommand, AnyEvent, CommandEnvelope, EventEnvelope
-from tests.protocol.golden import GOLDEN, HEX, MESSAGES
+from tests.protocol.golden import GOLDEN, HEX, MESSAGES, OLDER_HEX
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -22,6 +22,11 @@ def test_reads_these_bytes(name: str) -> None:
     envelope, golden = GOLDEN[name]
     decode = decode_command if isinstance(envelope, CommandEnvelope) else decode_event
     assert decode(bytes.fromhex(golden)) == envelope
+
+
+@pytest.mark.parametrize("name", OLDER_HEX)
+def test_reads_older_bytes(name: str) -> None:
+    assert decode_command(bytes.fromhex(OLDER_HEX[name])) == MESSAGES[name]
 
 
 @pytest.mark.parametrize("name", GOLDEN)

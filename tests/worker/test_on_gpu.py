@@ -205,3 +205,18 @@ def test_the_shape_of_smollm2_in_bfloat16(tmp_path: Path) -> None:
             (sample,) = driver.samples[sequence.sequence_id]
             values = dict([(sample.token_id, sample.logprob), *sample.top])
             assert values[answer[-1]] == pytest.approx(twin.samples[0][-1].logprob, abs=0.1)
+
+
+@pytest.mark.parametrize("graph_rows", GRAPH_ROWS)
+def test_prompts_are_scored_as_the_twins_score_them(tmp_path: Path, graph_rows: int) -> None:
+    model_dir = write_tiny_model(tmp_path / "model", "llama3")
+    asked = SamplingParams(max_tokens=2, temperature=0.0, prompt_logprobs=3)
+    for chunk in (1 << 30, 1, 3):
+        found = []
+        for driver in (triton_driver(model_dir, graph_rows=graph_rows), Driver.of(model_dir)):
+            sequences = [driver.add(prompt, sampling=asked) for prompt in PROMPTS.values()]
+            driver.finish(sequences, 2, chunk)
+            found.append([[score.logprob for score in sequence.prompt_logprobs] for sequence in sequences])
+        for scores, of_twin, prompt in zip(*found, PROMPTS.values(), strict=True):
+            assert len(scores) == len(prompt) - 1
+            assert scores == pytest.approx(of_twin, abs=2e-3)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from protocol.sampling import SamplingParams
 from tests.tiny_models import FAMILIES, write_tiny_model
 from tests.worker.driver import Driver, outputs
 
@@ -51,3 +52,22 @@ def test_greedy_tokens_and_logprobs_are_those_of_transformers(
             assert [value for _, value in sample.top] == pytest.approx(row.topk(5).values.tolist(), abs=1e-4)
     different = {token for sequence in sequences for token in outputs(sequence)}
     assert len(different) > 8, "the model is too dull to tell anything"
+
+
+@pytest.mark.parametrize(("block_size", "chunk"), [(4, 1 << 30), (1, 1), (16, 3)])
+def test_logprobs_of_prompts_are_those_of_transformers(
+    model_dir: Path, oracle: Any, block_size: int, chunk: int
+) -> None:
+    driver = Driver.of(model_dir, block_size=block_size)
+    asked = SamplingParams(max_tokens=2, temperature=0.0, prompt_logprobs=3)
+    prompts = [*PROMPTS, list(range(3, 153))]  # the last one's logits come in several pieces
+    scored, other = [driver.add(prompt, sampling=asked) for prompt in prompts], driver.add(PROMPTS[0])
+    driver.finish([scored[0], other, *scored[1:]], 2, chunk)
+    assert other.prompt_logprobs == []
+    for sequence, prompt in zip(scored, prompts, strict=True):
+        with torch.inference_mode():
+            logprobs = oracle(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
+        assert len(sequence.prompt_logprobs) == len(prompt) - 1
+        for found, token, row in zip(sequence.prompt_logprobs, prompt[1:], logprobs, strict=False):
+            assert found.logprob == pytest.approx(float(row[token]), abs=1e-4)
+            assert [value for _, value in found.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
