@@ -89,6 +89,17 @@ class TritonRunner:
             self._best(self._forward(rows, eager, []), eager)
             if self.pool is not None:
                 self._forward(rows, eager, [(0, (0,), list(range(num_tokens)))])
+        self._warm_up_draws()
+
+    def _warm_up_draws(self) -> None:
+        """Of every number of rows, as far as kernels differ by it: see launch.argmax_blocks."""
+        vocab_size, device = self._config.vocab_size, self.kv_cache.data.device
+        params = SamplingParams(max_tokens=1, temperature=1.0)
+        num_rows = 1
+        while num_rows < 2 * self._buckets[-1]:
+            draws = Draws.of([params] * num_rows, [0.5] * num_rows, vocab_size, device)
+            _draw(torch.zeros(num_rows, vocab_size, device=device), draws)
+            num_rows *= 2
 
     def _forward(self, rows: StepRows, eager: EagerStep, adapted: list[Adapted]) -> Tensor:
         """Hidden states [num_rows, hidden_size]."""

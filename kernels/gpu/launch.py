@@ -297,10 +297,13 @@ def tokens_per_tile(group_size: int, head_dim: int, element_size: int) -> int:
 
 
 def argmax_blocks(num_rows: int, vocab_size: int, device: torch.device) -> tuple[int, int]:
-    """(columns a program, columns a load): about 16 programs an SM, each a few loads."""
+    """(columns a program, columns a load): about 16 programs an SM, each a few loads.
+
+    As for the power of two that holds num_rows: any number of rows may be drawn, and few kernels are to be compiled.
+    """
     block = min(1024, padded(vocab_size))
     num_loads = -(-vocab_size // block)
-    per_row = max(1, min(num_loads, 16 * num_sms(device) // num_rows))
+    per_row = max(1, min(num_loads, 16 * num_sms(device) // padded(num_rows, 1)))
     return -(-num_loads // per_row) * block, block
 
 

@@ -83,7 +83,8 @@ def serving(log: Path, *arguments: Any) -> Iterator[Server]:
     server = Server(log, *arguments)
     try:
         yield server
-        say(f"{log.read_text(errors='replace').count('compiled late')} kernels were compiled late")
+        late = re.findall(r"compiled late: (\w+)", log.read_text(errors="replace"))
+        say(f"{len(late)} kernels were compiled late: {', '.join(late)}")
     except BaseException:
         say(f"--- the end of {log}:\n{log.read_text(errors='replace')[-LOG_TAIL:]}\n---")
         raise
