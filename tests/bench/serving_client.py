@@ -145,7 +145,8 @@ def model_of(share: Share, client: int, source: random.Random) -> str:
 
 async def run_client(share: Share, client: int, end_s: float) -> list[Answer]:
     """One closed loop. end_s: when the last request may begin."""
-    source, load = random.Random(1 + client), share.load
+    # Never the same prompts twice: a server's prefix cache would have those of the run before.
+    source, load = random.Random(), share.load
     answers: list[Answer] = []
     while len(answers) < share.num_requests and (not answers or time.perf_counter() < end_s):
         prompt = load.prompt(source, load.input_tokens)
@@ -164,7 +165,7 @@ async def run_share(share: Share) -> Result:
 async def warm_up(share: Share) -> None:
     """A short request for each client, so that every model and about every size of step is met."""
     load, models = share.load, share.models
-    prompts = [(client, load.prompt(random.Random(-client), load.input_tokens)) for client in share.clients]
+    prompts = [(client, load.prompt(random.Random(), load.input_tokens)) for client in share.clients]
     await asyncio.gather(
         *(ask(load, models[client % len(models)], prompt, WARM_UP_TOKENS) for client, prompt in prompts)
     )
