@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import wraps
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,6 +29,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 def _resolving(endpoint: Endpoint) -> Endpoint:
     """The endpoint, tried again when an adapter that it did not find could be loaded; the body is kept for that."""
 
+    @wraps(endpoint)
     async def answer(request: Request) -> Response:
         tried: set[str] = set()
         while True:

@@ -7,6 +7,7 @@ import msgspec
 from starlette.routing import Route
 
 from gateway import schemas
+from gateway.adapter_admin import PutRequest
 
 # The body that each route reads. A test holds that none is left out.
 BODIES: dict[str, type[msgspec.Struct]] = {
@@ -19,8 +20,18 @@ BODIES: dict[str, type[msgspec.Struct]] = {
     "/unload_lora_adapter": schemas.UnloadRequest,
     "/v1/load_lora_adapter": schemas.LoadRequest,
     "/v1/unload_lora_adapter": schemas.UnloadRequest,
+    "/v1/adapters/{name:path}": PutRequest,
+}
+# What routes read from the query.
+_QUERIES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
+    ("DELETE", "/v1/adapters/{name:path}"): {
+        "timeout": {"type": "number", "minimum": 0},
+        "expected_generation": {"type": "integer", "minimum": 0},
+        "force": {"type": "boolean"},
+    }
 }
 _REF = "#/components/schemas/{name}"
+_WITH_BODY = frozenset(["POST", "PUT", "PATCH"])
 _STREAMS = frozenset(["/v1/chat/completions", "/v1/completions", "/generate"])
 _RULE = (
     "`null` means the same as leaving a field out. Known fields that this server does not serve are a 400 with code "
@@ -79,10 +90,13 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
         "responses": {"200": {"description": "Success", "content": content}, "default": failed},
     }
     names = [part[1:-1].removesuffix(":path") for part in route.path.split("/") if part.startswith("{")]
-    if names:
-        schema = {"type": "string"}
-        operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": schema} for name in names]
-    if method != "GET" and route.path in BODIES:
+    schema: dict[str, Any] = {"type": "string"}
+    parameters = [{"name": name, "in": "path", "required": True, "schema": schema} for name in names]
+    for name, schema in _QUERIES.get((method, route.path), {}).items():
+        parameters.append({"name": name, "in": "query", "schema": schema})
+    if parameters:
+        operation["parameters"] = parameters
+    if method in _WITH_BODY and route.path in BODIES:
         schema = _ref(BODIES[route.path])
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     return operation

@@ -243,10 +243,7 @@ _REFUSED: dict[str, frozenset[bytes]] = {
         ("tools functions audio web_search_options suffix documents chat_template prompt_logprobs prompt_embeds", []),
         ("guided_json guided_regex guided_choice guided_grammar guided_decoding_backend", []),
         ("use_beam_search bad_words allowed_token_ids truncate_prompt_tokens logprob_token_ids stop_regex", []),
-        (
-            "regex ebnf json_schema structural_tag response_format kv_transfer_params custom_logit_processor",
-            [],
-        ),
+        ("regex ebnf json_schema structural_tag response_format kv_transfer_params custom_logit_processor", []),
         ("return_token_ids return_tokens_as_token_ids return_logprob return_hidden_states", []),
         ("input_embeds image_data video_data audio_data session_params return_text_in_logprobs", []),
         ("store moderation vllm_xargs", []),

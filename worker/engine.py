@@ -166,8 +166,14 @@ class Engine:
         if isinstance(matcher, GrammarError):
             message = f"the grammar cannot be used: {matcher}"
             self._refuse(owner, command.request_id, Error(ErrorCode.INVALID_REQUEST, message, "grammar"))
-        else:
+            return
+        try:
             self._start_checked(owner, command, matcher)
+        except Exception:
+            log.exception("a request that waited for its grammar failed")
+            self._fail_request(
+                owner, command.request_id, Error(ErrorCode.INTERNAL, "the worker failed on this command")
+            )
 
     def _start_checked(self, owner: Owner, command: Generate, matcher: Matcher | None = None) -> None:
         # The base model's namespace starts with a byte that no digest holds: a salt cannot pass for an adapter.

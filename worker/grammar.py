@@ -51,7 +51,8 @@ class Matcher:
         return Matcher(self._matcher.deep_copy())
 
     def mask(self) -> bytes:
-        """The tokens that may come next: bit i of byte b is token 8 * b + i. Raises GrammarError past a limit."""
+        """The tokens that may come next: bit i of byte b is token 8 * b + i. Raises GrammarError if there are none, or
+        past a limit."""
         mask = self._matcher.compute_bitmask()
         self._check()
         return mask

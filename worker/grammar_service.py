@@ -34,7 +34,12 @@ class GrammarService:
                 result = GrammarError("the worker failed on it")
             done(owner, command, result)
 
-        self._jobs.submit(lambda: self._compile(grammar), finish)
+        def work() -> Matcher:
+            if self._waiting.get(key) is not command:  # only read: the engine's thread writes
+                raise GrammarError("it is not wanted any more")
+            return self._compile(grammar)
+
+        self._jobs.submit(work, finish)
 
     def cancel(self, owner: Owner, request_id: int | None) -> None:
         """A session's request, or all of them with None, is not to be started any more if it waits here."""

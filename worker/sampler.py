@@ -188,7 +188,7 @@ def _hold_to_grammars(logits: Tensor, batch: list[ScheduledSequence]) -> None:
     rows, masks = [], []
     for row, scheduled in enumerate(batch):
         sequence = scheduled.sequence
-        if sequence.matcher is not None and sequence.status is SequenceStatus.RUNNING:
+        if sequence.matcher is not None and sequence.status is not SequenceStatus.FINISHED:
             # A grammar past its limits allows everything here and fails its sequence when it is told the token.
             with contextlib.suppress(GrammarError):
                 masks.append(sequence.matcher.mask())

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from gateway.tokenizer import Tokenizer
 from protocol.sampling import Grammar
 from tests import tiny_model
 from tests.json_schemas import schemas
-from worker.grammar import GrammarCompiler, GrammarError, Matcher
+from worker.grammar import GrammarCompiler, GrammarError, Matcher, load_tokenizer, new_matcher
 
 EOS = 2
 TOKENIZER = Tokenizer(tiny_model.tokenizer_json())
@@ -128,6 +129,16 @@ def test_what_cannot_be_used_is_refused_with_a_reason(compiler: GrammarCompiler,
             compiler.compile(grammar)
         assert 5 < len(str(caught.value)) <= 200
         assert "\n" not in str(caught.value) and "/work" not in str(caught.value)
+
+
+def test_a_vocabulary_that_cannot_write_it(tmp_path: Path) -> None:
+    """Nothing may be masked away altogether: what is chosen then would be no token."""
+    spec = json.loads(tiny_model.tokenizer_json())
+    del spec["model"]["vocab"]["!"]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(spec))
+    with pytest.raises(GrammarError):
+        new_matcher(load_tokenizer(path, tiny_model.VOCAB_SIZE, (EOS,)), Grammar("regex", "!")).mask()
 
 
 def test_copies_go_their_own_ways(compiler: GrammarCompiler) -> None:
