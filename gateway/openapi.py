@@ -33,6 +33,7 @@ _QUERIES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
 _REF = "#/components/schemas/{name}"
 _WITH_BODY = frozenset(["POST", "PUT", "PATCH"])
 _STREAMS = frozenset(["/v1/chat/completions", "/v1/completions", "/generate"])
+_TEXTS = frozenset(["/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"])  # what they answer if they can
 _RULE = (
     "`null` means the same as leaving a field out. Known fields that this server does not serve are a 400 with code "
     "unsupported_parameter unless their value asks for nothing: {}. Unknown fields are ignored."
@@ -80,7 +81,7 @@ def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
 
 
 def _operation(route: Route, method: str) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {}}
+    content: dict[str, Any] = {"text/plain" if route.path in _TEXTS else "application/json": {}}
     if route.path in _STREAMS:
         content["text/event-stream"] = {}
     failed = {"description": "An error", "content": {"application/json": {"schema": _ref(ErrorBody)}}}

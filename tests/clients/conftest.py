@@ -12,7 +12,7 @@ from gateway.tokenizer import Tokenizer
 from tests import tiny_model
 from tests.processes import EchoProcess, GatewayProcess, running
 
-CLIENTS = ("instructor", "langchain_openai", "litellm", "openai")
+CLIENTS = ("instructor", "langchain_openai", "litellm", "openai", "schemathesis")
 collect_ignore_glob = [] if all(importlib.util.find_spec(name) for name in CLIENTS) else ["test_*.py"]
 
 
