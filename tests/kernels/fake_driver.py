@@ -4,6 +4,7 @@ Import it before anything is launched, and not in Triton's interpreter.
 """
 
 import itertools
+from collections import deque
 from typing import Any, NamedTuple
 
 import triton
@@ -27,7 +28,7 @@ class Launch(NamedTuple):
     args: tuple[Any, ...]
 
 
-launches: list[Launch] = []
+launches: deque[Launch] = deque(maxlen=16)  # the newest
 
 
 def _launch(*args: Any) -> None:
