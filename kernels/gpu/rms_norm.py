@@ -54,7 +54,7 @@ def _start(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Te
     heads = middle[0] if middle else 1
     row_stride, *head_strides, stride = x.stride()
     assert len(middle) <= 1 and stride == 1 and weight.shape == (size,) and weight.is_contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     launch.run(
         _variant(size, heads, residual is not None), (num_rows * heads,), x, residual, weight, y, row_stride,
         head_strides[0] if middle else 0, residual.stride(0) if residual is not None else 0, eps,
