@@ -1,14 +1,16 @@
 """WorkList: a step's LoRA work as integers in device memory, so that one captured CUDA graph serves any adapter mix."""
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from kernels.segments import LoraSite, Segments
+
+T = TypeVar("T")
 
 # Behind its rows a segment's record holds, in this order, what kernels/gpu/lora_tile.py reads.
 FIRST, NUM_CHUNKS, SLOT, CHUNK_IDS = 0, 1, 2, 4
@@ -124,6 +126,7 @@ class WorkList:
         """
         assert slot_scales.dtype == torch.float32 and slot_scales.ndim == 3
         self.max_chunks, self.changes = max_chunks, changes
+        self._once: dict[Any, Any] = {}
         self.short = SegmentTable(slot_scales, max_segments, max_chunks, block_rows, changes)
         self.long: SegmentTable | None = None
         if long_rows:
@@ -141,8 +144,17 @@ class WorkList:
         """Short and long, for kernels that are given both; the second is not read where long_rows is 0."""
         return self.short, self.long or self.short
 
+    def once(self, make: Callable[..., T], *args: Any) -> T:
+        """make(self, *args), worked out once until the next update: what a launcher needs alike in every layer."""
+        key = (make, *args)
+        made: T | None = self._once.get(key)
+        if made is None:
+            made = self._once[key] = make(self, *args)
+        return made
+
     def update(self, num_rows: int, adapters: Sequence[AdapterRows]) -> None:
         """Describe a step of num_rows rows; a row that no adapter names is the base model's."""
+        self._once.clear()
         short: list[Segment] = []
         long: list[Segment] = []
         is_base = bytearray(b"\1") * num_rows

@@ -35,7 +35,7 @@ __all__ = [
 
 def paged_attention(q: Tensor, cache: Tensor, plan: PagedPlan, scale: float) -> Tensor:
     """Semantics: kernels.reference.paged_attention."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if plan.num_decodes:
         attention_decode(q, cache, out, plan, scale)
     if plan.tiles is not None:

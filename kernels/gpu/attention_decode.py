@@ -1,5 +1,7 @@
 """Paged attention for sequences of one row each: grouped query heads together, the context split between programs."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -8,6 +10,7 @@ from torch import Tensor
 from kernels.gpu import launch
 from kernels.gpu.attention_tile import LOG2_E, LOWEST, attend_tile, load_tile, token_offsets
 from kernels.gpu.early import let_next_start, wait_for_kernel_before
+from kernels.gpu.variant import Variant
 from kernels.paged_plan import PagedPlan
 
 
@@ -115,15 +118,31 @@ def attention_decode(q: Tensor, cache: Tensor, out: Tensor, plan: PagedPlan, sca
     assert cache.stride()[1:] == (num_kv_heads * block_size * head_dim, block_size * head_dim, head_dim, 1)
     assert q.stride()[1:] == (head_dim, 1) and out.is_contiguous() and q.dtype == cache.dtype
     assert plan.block_tables.dtype == plan.context_lens.dtype == torch.int32 and plan.block_tables.stride(1) == 1
-    shape = launch.decode_shape(num_rows, group_size, head_dim, q.element_size())
     num_splits = launch.decode_splits(num_rows, num_kv_heads, q.device)
     size = num_rows * num_heads * num_splits if num_splits > 1 else 1
-    launch.start(
-        _attention_decode, (num_kv_heads, num_splits, num_rows), q, cache, out, plan.block_tables, plan.context_lens,
+    shape = launch.decode_shape(num_rows, group_size, head_dim, q.element_size())
+    launch.run(
+        _variant(shape, num_splits, num_kv_heads, group_size, head_dim, block_size, plan.window is not None),
+        (num_kv_heads, num_splits, num_rows), q, cache, out, plan.block_tables, plan.context_lens,
         torch.empty(size * head_dim, dtype=torch.float32, device=q.device),
         torch.empty(size * 2, dtype=torch.float32, device=q.device), plan.semaphores, scale, q.stride(0),
-        plan.block_tables.stride(0), cache.stride(0), plan.window or 0, num_warps=shape.num_warps,
-        num_stages=shape.num_stages, early=True, NUM_KV_HEADS=num_kv_heads, GROUP=group_size, HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=launch.padded(head_dim),
-        NUM_SPLITS=num_splits, SPLITS_PADDED=launch.padded(num_splits, 1), HAS_WINDOW=plan.window is not None,
+        plan.block_tables.stride(0), cache.stride(0), plan.window or 0,
+    )  # fmt: skip
+
+
+@functools.cache
+def _variant(
+    shape: launch.AttentionShape,
+    num_splits: int,
+    num_kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    block_size: int,
+    has_window: bool,
+) -> Variant:
+    return launch.variant(
+        _attention_decode, num_warps=shape.num_warps, num_stages=shape.num_stages, early=True,
+        NUM_KV_HEADS=num_kv_heads, GROUP=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, BLOCK_M=shape.block_m,
+        BLOCK_N=shape.block_n, BLOCK_D=launch.padded(head_dim), NUM_SPLITS=num_splits,
+        SPLITS_PADDED=launch.padded(num_splits, 1), HAS_WINDOW=has_window,
     )  # fmt: skip

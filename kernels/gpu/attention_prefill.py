@@ -1,11 +1,14 @@
 """Paged attention for sequences of several rows each, over cached and new tokens: causal, optionally in a window."""
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu import launch
 from kernels.gpu.attention_tile import LOG2_E, LOWEST, attend_tile, load_tile, token_offsets
+from kernels.gpu.variant import Variant
 from kernels.paged_plan import PagedPlan
 
 
@@ -66,11 +69,20 @@ def attention_prefill(q: Tensor, cache: Tensor, out: Tensor, plan: PagedPlan, sc
     assert block_size >= 16 and block_size & (block_size - 1) == 0 and cache.shape[4] == head_dim
     assert cache.stride()[1:] == (num_kv_heads * block_size * head_dim, block_size * head_dim, head_dim, 1)
     assert q.stride()[1:] == (head_dim, 1) and out.is_contiguous() and q.dtype == cache.dtype
-    shape = launch.prefill_shape(group_size, head_dim, q.element_size())
-    launch.start(
-        _attention_prefill, (tiles.shape[0], num_kv_heads), q, cache, out, plan.block_tables, tiles, scale, q.stride(0),
-        plan.block_tables.stride(0), cache.stride(0), plan.window or 0, num_warps=shape.num_warps,
-        num_stages=shape.num_stages, NUM_KV_HEADS=num_kv_heads, GROUP=group_size, HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=launch.padded(head_dim),
-        HAS_WINDOW=plan.window is not None,
+    launch.run(
+        _variant(num_kv_heads, group_size, head_dim, block_size, q.element_size(), plan.window is not None),
+        (tiles.shape[0], num_kv_heads), q, cache, out, plan.block_tables, tiles, scale, q.stride(0),
+        plan.block_tables.stride(0), cache.stride(0), plan.window or 0,
+    )  # fmt: skip
+
+
+@functools.cache
+def _variant(
+    num_kv_heads: int, group_size: int, head_dim: int, block_size: int, element_size: int, has_window: bool
+) -> Variant:
+    shape = launch.prefill_shape(group_size, head_dim, element_size)
+    return launch.variant(
+        _attention_prefill, num_warps=shape.num_warps, num_stages=shape.num_stages, NUM_KV_HEADS=num_kv_heads,
+        GROUP=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
+        BLOCK_D=launch.padded(head_dim), HAS_WINDOW=has_window,
     )  # fmt: skip

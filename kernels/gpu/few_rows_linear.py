@@ -5,6 +5,8 @@ Where there are few tiles of columns, several programs share one by splitting th
 the parts in a fixed order. SiLU · up is folded into the GEMM that makes gate and up.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch import Tensor
 from kernels.gpu import launch
 from kernels.gpu.early import let_next_start, wait_for_kernel_before
 from kernels.gpu.silu_and_mul import silu_and_mul
+from kernels.gpu.variant import Variant
 
 
 @triton.jit
@@ -118,11 +121,18 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, is
     num_tiles = -(-n // shape.block_n)
     y = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     num_parts = num_tiles * shape.num_splits * shape.block_n * rows if shape.num_splits > 1 else 1
-    launch.start(
-        _few_rows_linear, (num_tiles * shape.num_splits,), x, weight, bias, y,
+    launch.run(
+        _variant(shape, n, k, rows, is_gated, bias is not None), (num_tiles * shape.num_splits,), x, weight, bias, y,
         torch.empty(num_parts, dtype=torch.float32, device=x.device), launch.semaphores(x.device), num_rows,
-        x.stride(0), num_warps=4, num_stages=shape.num_stages, early=True, fuse=False, N=n, K=k, IS_GATED=is_gated,
-        HAS_BIAS=bias is not None, BLOCK_ROWS=rows, BLOCK_N=shape.block_n, BLOCK_K=shape.block_k,
-        NUM_SPLITS=shape.num_splits,
+        x.stride(0),
     )  # fmt: skip
     return y
+
+
+@functools.cache
+def _variant(shape: launch.FewRowsShape, n: int, k: int, rows: int, is_gated: bool, has_bias: bool) -> Variant:
+    return launch.variant(
+        _few_rows_linear, num_warps=4, num_stages=shape.num_stages, early=True, fuse=False, N=n, K=k,
+        IS_GATED=is_gated, HAS_BIAS=has_bias, BLOCK_ROWS=rows, BLOCK_N=shape.block_n, BLOCK_K=shape.block_k,
+        NUM_SPLITS=shape.num_splits,
+    )  # fmt: skip

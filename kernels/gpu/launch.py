@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from kernels.gpu.variant import Variant
+from kernels.segments import LoraSite
 from kernels.work_list import WorkList
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ _MAX_PARTS = 1 << 24  # numbers that a shrink's splits may leave in memory
 _MAX_COMPILER_THREADS = 16
 
 _compiles_only = False  # see compiling
+_variants: dict[Any, Variant] = {}
 
 
 class Shape(NamedTuple):
@@ -73,6 +76,20 @@ class AttentionShape(NamedTuple):
     num_stages: int
 
 
+class OverSegments(NamedTuple):
+    """A launch of a kernel that walks over a work list's segments: what is the same in every layer of a step."""
+
+    variant: Variant
+    grid: tuple[int, ...]
+    tables: tuple[torch.Tensor, ...]  # of the work list, in the kernel's order
+    scales_stride: int  # from segment to segment
+    num_modules: int  # scales of a segment's layer
+
+    def scale_index(self, site: LoraSite) -> int:
+        """Where the scale of a site's first module stands among a segment's."""
+        return site.layer * self.num_modules + site.first_module
+
+
 class SampleShape(NamedTuple):
     """Of a program that draws a row's token."""
 
@@ -81,18 +98,30 @@ class SampleShape(NamedTuple):
     num_warps: int
 
 
-def start(
+def start(kernel: Any, grid: tuple[int, ...], *args: Any, **shape: Any) -> None:
+    """Launch a jit function on the current stream. shape: what variant takes."""
+    run(variant(kernel, **shape), grid, *args)
+
+
+def run(which: Variant, grid: tuple[int, ...], *args: Any) -> None:
+    """The same where the variant is there already: launchers that run in every layer work it out once."""
+    if _compiles_only:
+        which.compile(grid, args)
+    else:
+        which.start(grid, args)
+
+
+def variant(
     kernel: Any,
-    grid: tuple[int, ...],
-    *args: Any,
+    *,
     num_warps: int,
     num_stages: int = 2,
     fuse: bool = True,
     early: bool = False,
     max_registers: int | None = None,
     **constants: Any,
-) -> None:
-    """Launch a jit function on the current stream.
+) -> Variant:
+    """A jit function with all its constants. The same one for the same.
 
     fuse: a product and a sum may become one rounding; where two kernels must agree to the bit, they may not.
     early: it has a constant IS_EARLY, and may start beside the end of the kernel before it: see early.py.
@@ -102,8 +131,10 @@ def start(
         constants["IS_EARLY"] = STARTS_EARLY
         if STARTS_EARLY:
             options["launch_pdl"] = True
-    run = functools.partial(kernel.warmup, grid=grid) if _compiles_only else kernel[grid]
-    run(*args, **options, **constants)
+    key = (kernel.fn, *options.items(), *constants.items())
+    if key not in _variants:
+        _variants[key] = Variant(kernel, options, constants)
+    return _variants[key]
 
 
 @contextlib.contextmanager
@@ -176,6 +207,14 @@ def num_items(work: WorkList, num_columns: int, block: int, long_block: int) -> 
     """The most work items of a kernel that walks over segments in pieces of so many columns."""
     items = work.short.num_segments * -(-num_columns // block)
     return items + (work.long.num_segments * -(-num_columns // long_block) if work.long else 0)
+
+
+def over_segments(work: WorkList, which: Variant, most_items: int, programs_per_sm: int) -> OverSegments:
+    """Of an expand: it reads both tables' records, counts and scales."""
+    short, long = work.tables
+    tables = (short.records, short.counts, short.scales, long.records, long.counts, long.scales)
+    grid = work_grid(work, short.records.device, most_items, programs_per_sm)
+    return OverSegments(which, grid, tables, short.scales.stride(0), short.scales.shape[2])
 
 
 def work_grid(work: WorkList, device: torch.device, most_items: int, programs_per_sm: int) -> tuple[int, ...]:

@@ -88,17 +88,22 @@ def lora_expand(y: Tensor, s: Tensor, chunks: Tensor, site: LoraSite, work: Work
     (out_features,) = site.out_features
     assert y.shape[1] == out_features and y.stride(1) == 1 and chunks.stride(1) == 1
     assert s.dtype == torch.float32 and s.is_contiguous() and s.shape[1] == work.max_chunks
+    plan = work.once(_plan, out_features, site.chunk_rank, y.element_size())
+    launch.run(
+        plan.variant, plan.grid, y, s, chunks, *plan.tables, y.stride(0), chunks.stride(0), site.b_offset,
+        plan.scales_stride, plan.scale_index(site),
+    )  # fmt: skip
+
+
+def _plan(work: WorkList, out_features: int, chunk_rank: int, element_size: int) -> launch.OverSegments:
     short, long = work.tables
     shape = launch.expand_shape(out_features, short.block_rows)
-    long_shape = launch.long_expand_shape(out_features, y.element_size())
-    num_items = launch.num_items(work, out_features, shape.block, long_shape.block)
-    launch.start(
-        _lora_expand,
-        launch.work_grid(work, y.device, num_items, 8),
-        y, s, chunks, short.records, short.counts, short.scales, long.records, long.counts, long.scales, y.stride(0),
-        chunks.stride(0), site.b_offset, short.scales.stride(0),
-        site.layer * short.scales.shape[2] + site.first_module,
-        num_warps=long_shape.num_warps if work.long else shape.num_warps, num_stages=1, early=True, N=out_features,
-        MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
-        BLOCK_N=shape.block, LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, LONG_N=long_shape.block,
+    long_shape = launch.long_expand_shape(out_features, element_size)
+    variant = launch.variant(
+        _lora_expand, num_warps=long_shape.num_warps if work.long else shape.num_warps, num_stages=1, early=True,
+        N=out_features, MAX_CHUNKS=work.max_chunks, RANK=chunk_rank, RECORD=short.record_size,
+        BLOCK_ROWS=short.block_rows, BLOCK_N=shape.block, LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows,
+        LONG_N=long_shape.block,
     )  # fmt: skip
+    num_items = launch.num_items(work, out_features, shape.block, long_shape.block)
+    return launch.over_segments(work, variant, num_items, 8)

@@ -1,5 +1,8 @@
 """LoRA shrink: x · Aᵀ for every segment and chunk, split over the columns of x."""
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -152,32 +155,57 @@ def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, work: WorkList) -> Te
     have an adapter are written, in the work list's order. Deterministic: no order of execution changes a bit.
     """
     num_rows, in_features = x.shape
-    num_modules = len(site.out_features)
     assert in_features == site.in_features and x.stride(1) == 1 and x.dtype == chunks.dtype
     assert chunks.stride(1) == 1
-    s = torch.empty(num_rows, work.max_chunks, num_modules * site.chunk_rank, dtype=torch.float32, device=x.device)
+    plan = work.once(_plan, num_rows, in_features, len(site.out_features), site.chunk_rank, x.element_size())
+    s = torch.empty(plan.s_shape, dtype=torch.float32, device=x.device)
+    partials = s
+    if plan.num_planes > 1:
+        partials = torch.empty(plan.num_planes, plan.s_size, dtype=torch.float32, device=x.device)
+    over = plan.over
+    launch.run(
+        over.variant, over.grid, x, chunks, s, partials, *over.tables, plan.long_blocks, plan.long_splits, x.stride(0),
+        chunks.stride(0), site.a_offset, over.scales_stride, over.scale_index(site), plan.s_size,
+    )  # fmt: skip
+    return s
+
+
+class _Plan(NamedTuple):
+    over: launch.OverSegments
+    s_shape: tuple[int, ...]
+    s_size: int
+    num_planes: int  # of partial sums
+    long_blocks: int
+    long_splits: int
+
+
+def _plan(
+    work: WorkList, num_rows: int, in_features: int, num_modules: int, chunk_rank: int, element_size: int
+) -> _Plan:
     short, long = work.tables
-    shape = launch.shrink_shape(in_features, s.numel())
+    device = short.records.device
+    s_shape = (num_rows, work.max_chunks, num_modules * chunk_rank)
+    s_size = math.prod(s_shape)
+    shape = launch.shrink_shape(in_features, s_size)
     long_shape = shape
     if work.long:
-        long_shape = launch.long_shrink_shape(in_features, num_rows, long.block_rows, x.element_size(), x.device)
+        long_shape = launch.long_shrink_shape(in_features, num_rows, long.block_rows, element_size, device)
     num_items = short.num_tasks * num_modules * shape.num_splits
     if work.long:
         num_items += long.num_tasks * long_shape.num_splits
-    num_planes = max(shape.num_splits, long_shape.num_splits)
-    partials = torch.empty(num_planes, s.numel(), dtype=torch.float32, device=x.device) if num_planes > 1 else s
-    launch.start(
-        _lora_shrink, launch.work_grid(work, x.device, num_items, 6),
-        x, chunks, s, partials, short.records, short.tasks, short.counts, short.scales, short.semaphores,
-        long.records, long.tasks, long.counts, long.scales, long.semaphores, long_shape.num_blocks,
-        long_shape.num_splits, x.stride(0), chunks.stride(0),
-        site.a_offset, short.scales.stride(0), site.layer * short.scales.shape[2] + site.first_module, s.numel(),
-        num_warps=long_shape.num_warps, num_stages=long_shape.num_stages, early=True,
-        K=in_features, NUM_MODULES=num_modules,
-        MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
-        BLOCK_K=shape.block_k, NUM_BLOCKS=shape.num_blocks, NUM_SPLITS=shape.num_splits,
+    variant = launch.variant(
+        _lora_shrink, num_warps=long_shape.num_warps, num_stages=long_shape.num_stages, early=True, K=in_features,
+        NUM_MODULES=num_modules, MAX_CHUNKS=work.max_chunks, RANK=chunk_rank, RECORD=short.record_size,
+        BLOCK_ROWS=short.block_rows, BLOCK_K=shape.block_k, NUM_BLOCKS=shape.num_blocks, NUM_SPLITS=shape.num_splits,
         LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, LONG_K=long_shape.block_k,
         EVEN=in_features % (long_shape.block_k * long_shape.num_blocks) == 0,
-        PADDED=launch.padded(num_modules * site.chunk_rank),
+        PADDED=launch.padded(num_modules * chunk_rank),
     )  # fmt: skip
-    return s
+    tables = (
+        short.records, short.tasks, short.counts, short.scales, short.semaphores,
+        long.records, long.tasks, long.counts, long.scales, long.semaphores,
+    )  # fmt: skip
+    grid = launch.work_grid(work, device, num_items, 6)
+    over = launch.OverSegments(variant, grid, tables, short.scales.stride(0), short.scales.shape[2])
+    num_planes = max(shape.num_splits, long_shape.num_splits)
+    return _Plan(over, s_shape, s_size, num_planes, long_shape.num_blocks, long_shape.num_splits)

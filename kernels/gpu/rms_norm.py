@@ -1,5 +1,7 @@
 """RMSNorm, alone and behind the residual's addition."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from kernels.gpu import launch
 from kernels.gpu.early import let_next_start, wait_for_kernel_before
+from kernels.gpu.variant import Variant
 
 
 @triton.jit
@@ -47,13 +50,21 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def _start(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    size = x.shape[-1]
-    assert x.ndim in (2, 3) and x.stride(-1) == 1 and weight.shape == (size,) and weight.is_contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    heads = x.shape[1] if x.ndim == 3 else 1
-    launch.start(
-        _rms_norm, (x.shape[0] * heads,), x, residual, weight, y, x.stride(0), x.stride(1) if x.ndim == 3 else 0,
-        residual.stride(0) if residual is not None else 0, eps, num_warps=launch.rms_norm_warps(size),
-        early=True, HEADS=heads, SIZE=size, BLOCK=launch.padded(size), HAS_RESIDUAL=residual is not None,
+    num_rows, *middle, size = x.shape
+    heads = middle[0] if middle else 1
+    row_stride, *head_strides, stride = x.stride()
+    assert len(middle) <= 1 and stride == 1 and weight.shape == (size,) and weight.is_contiguous()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    launch.run(
+        _variant(size, heads, residual is not None), (num_rows * heads,), x, residual, weight, y, row_stride,
+        head_strides[0] if middle else 0, residual.stride(0) if residual is not None else 0, eps,
     )  # fmt: skip
     return y
+
+
+@functools.cache
+def _variant(size: int, heads: int, has_residual: bool) -> Variant:
+    return launch.variant(
+        _rms_norm, num_warps=launch.rms_norm_warps(size), early=True, HEADS=heads, SIZE=size,
+        BLOCK=launch.padded(size), HAS_RESIDUAL=has_residual,
+    )  # fmt: skip

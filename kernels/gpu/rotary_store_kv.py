@@ -1,6 +1,7 @@
 """Rotary positions of queries and keys, and the writing of KV; head norms and the qkv adapters' expand folded in."""
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -20,6 +21,7 @@ from kernels.gpu.lora_tile import (
     s_rows,
     s_tile,
 )
+from kernels.gpu.variant import Variant
 from kernels.work_list import LoraDelta, WorkList
 
 _NUM_SEGMENTS = tl.constexpr(work_list.NUM_SEGMENTS)
@@ -258,32 +260,57 @@ def rotary_store_kv(
     assert cache.stride()[1:] == (num_kv_heads * block_size * head_dim, block_size * head_dim, head_dim, 1)
     assert cos.stride() == signed_sin.stride() and cos.stride(-1) == 1 and slot_mapping.is_contiguous()
     q_norm, k_norm = head_norms or (None, None)
-    constants: dict[str, Any] = dict(
-        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
-        BLOCK_HALF=launch.padded(head_dim // 2), BLOCK_SIZE=block_size, HAS_NORM=head_norms is not None,
-    )  # fmt: skip
     tensors = (qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm)
     strides = (qkv.stride(0), cos.stride(0), cache.stride(0))
-    all_heads = num_heads + 2 * num_kv_heads
+    heads = _Heads(num_heads, num_kv_heads, head_dim, block_size, head_norms is not None)
     if delta is None:
-        long_rows = launch.long_rows(num_rows)
-        rows = long_rows or launch.block_rows(num_rows)
-        launch.start(
-            _rotary_store_kv, (all_heads, -(-num_rows // rows)), *tensors, num_rows, *strides, eps,
-            num_warps=launch.rotary_warps(rows), early=True, fuse=False, BLOCK_ROWS=rows, AXIS=1 if long_rows else 0,
-            **constants,
-        )  # fmt: skip
+        variant, rows = _without_adapters(heads, launch.block_rows(num_rows), launch.long_rows(num_rows))
+        launch.run(variant, (heads.all, -(-num_rows // rows)), *tensors, num_rows, *strides, eps)
         return
     work, site = delta.segments, delta.site
     assert isinstance(work, WorkList) and sum(site.out_features) == row_size
-    short, long = work.tables
-    launch.start(
-        _rotary_store_kv_lora, launch.work_grid(work, qkv.device, launch.num_items(work, all_heads, 1, 1), 12),
-        *tensors, delta.s, delta.chunks, short.records, short.counts, short.scales, long.records, long.counts,
-        long.scales, *strides, delta.chunks.stride(0), site.b_offset, short.scales.stride(0),
-        site.layer * short.scales.shape[2] + site.first_module, eps,
-        num_warps=launch.rotary_warps(work.long_rows or short.block_rows), num_stages=1, fuse=False,
-        max_registers=launch.long_rotary_registers(qkv.element_size()) if work.long else None,
-        MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
-        LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, early=True, **constants,
+    plan = work.once(_plan, heads, site.chunk_rank, qkv.element_size())
+    launch.run(
+        plan.variant, plan.grid, *tensors, delta.s, delta.chunks, *plan.tables, *strides, delta.chunks.stride(0),
+        site.b_offset, plan.scales_stride, plan.scale_index(site), eps,
     )  # fmt: skip
+
+
+class _Heads(NamedTuple):
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    has_norms: bool
+
+    @property
+    def all(self) -> int:
+        return self.num_heads + 2 * self.num_kv_heads
+
+    def constants(self) -> dict[str, Any]:
+        return dict(
+            NUM_HEADS=self.num_heads, NUM_KV_HEADS=self.num_kv_heads, HEAD_DIM=self.head_dim,
+            BLOCK_HALF=launch.padded(self.head_dim // 2), BLOCK_SIZE=self.block_size, HAS_NORM=self.has_norms,
+        )  # fmt: skip
+
+
+@functools.cache
+def _without_adapters(heads: _Heads, block_rows: int, long_rows: int) -> tuple[Variant, int]:
+    """And the rows of a program."""
+    rows = long_rows or block_rows
+    variant = launch.variant(
+        _rotary_store_kv, num_warps=launch.rotary_warps(rows), early=True, fuse=False, BLOCK_ROWS=rows,
+        AXIS=1 if long_rows else 0, **heads.constants(),
+    )  # fmt: skip
+    return variant, rows
+
+
+def _plan(work: WorkList, heads: _Heads, chunk_rank: int, element_size: int) -> launch.OverSegments:
+    short, long = work.tables
+    variant = launch.variant(
+        _rotary_store_kv_lora, num_warps=launch.rotary_warps(work.long_rows or short.block_rows), num_stages=1,
+        early=True, fuse=False, max_registers=launch.long_rotary_registers(element_size) if work.long else None,
+        MAX_CHUNKS=work.max_chunks, RANK=chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
+        LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, **heads.constants(),
+    )  # fmt: skip
+    return launch.over_segments(work, variant, launch.num_items(work, heads.all, 1, 1), 12)

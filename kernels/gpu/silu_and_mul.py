@@ -1,5 +1,7 @@
 """SiLU(gate) · up, with the gate_up adapters' expand folded in."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +11,7 @@ from kernels import work_list
 from kernels.gpu import launch
 from kernels.gpu.early import let_next_start, wait_for_kernel_before
 from kernels.gpu.lora_tile import add_product, b_tile, first_behind, live_ranks, long_delta, num_chunks, s_rows, s_tile
+from kernels.gpu.variant import Variant
 from kernels.work_list import LoraDelta, WorkList
 
 _NUM_SEGMENTS = tl.constexpr(work_list.NUM_SEGMENTS)
@@ -148,27 +151,37 @@ def silu_and_mul(gate_up: Tensor, delta: LoraDelta | None = None) -> Tensor:
     assert gate_up.stride(1) == 1
     y = torch.empty(num_rows, size, dtype=gate_up.dtype, device=gate_up.device)
     if delta is None:
-        shape = launch.silu_shape(size)
-        launch.start(
-            _silu_and_mul, (-(-size // shape.block), num_rows), gate_up, y, gate_up.stride(0),
-            num_warps=shape.num_warps, early=True, N=size, BLOCK=shape.block,
-        )  # fmt: skip
+        variant, num_tiles = _without_adapters(size)
+        launch.run(variant, (num_tiles, num_rows), gate_up, y, gate_up.stride(0))
         return y
     work, site = delta.segments, delta.site
     assert isinstance(work, WorkList) and site.out_features == (size, size)
+    plan = work.once(_plan, size, site.chunk_rank, y.element_size())
+    launch.run(
+        plan.variant, plan.grid, gate_up, y, delta.s, delta.chunks, *plan.tables, gate_up.stride(0),
+        delta.chunks.stride(0), site.b_offset, plan.scales_stride, plan.scale_index(site),
+    )  # fmt: skip
+    return y
+
+
+@functools.cache
+def _without_adapters(size: int) -> tuple[Variant, int]:
+    """And the number of tiles of a row."""
+    shape = launch.silu_shape(size)
+    variant = launch.variant(_silu_and_mul, num_warps=shape.num_warps, early=True, N=size, BLOCK=shape.block)
+    return variant, -(-size // shape.block)
+
+
+def _plan(work: WorkList, size: int, chunk_rank: int, element_size: int) -> launch.OverSegments:
     short, long = work.tables
     shape = launch.silu_lora_shape(size, short.block_rows)
-    long_shape = launch.long_silu_shape(size, y.element_size())
-    num_items = launch.num_items(work, size, shape.block, long_shape.block * long_shape.tiles)
-    launch.start(
-        _silu_and_mul_lora, launch.work_grid(work, y.device, num_items, 8),
-        gate_up, y, delta.s, delta.chunks, short.records, short.counts, short.scales, long.records, long.counts,
-        long.scales, gate_up.stride(0), delta.chunks.stride(0), site.b_offset, short.scales.stride(0),
-        site.layer * short.scales.shape[2] + site.first_module,
-        num_warps=long_shape.num_warps if work.long else shape.num_warps, num_stages=1,
+    long_shape = launch.long_silu_shape(size, element_size)
+    variant = launch.variant(
+        _silu_and_mul_lora, num_warps=long_shape.num_warps if work.long else shape.num_warps, num_stages=1,
         max_registers=long_shape.max_registers if work.long else None, early=True, N=size,
-        MAX_CHUNKS=work.max_chunks, RANK=site.chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
+        MAX_CHUNKS=work.max_chunks, RANK=chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
         BLOCK=shape.block, LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, LONG_BLOCK=long_shape.block,
         LONG_TILES=long_shape.tiles,
     )  # fmt: skip
-    return y
+    num_items = launch.num_items(work, size, shape.block, long_shape.block * long_shape.tiles)
+    return launch.over_segments(work, variant, num_items, 8)

@@ -1,6 +1,6 @@
 """Compiles every launch of the kernels for sm_90 without a GPU and prints what each takes, as JSON.
 
-The launchers run on CPU tensors; kernels.gpu.launch.start is replaced, so that a launch is compiled instead of started.
+The launchers run on CPU tensors; kernels.gpu.launch.run is replaced, so that a launch is compiled instead of started.
 """
 
 import json
@@ -27,6 +27,7 @@ from kernels.gpu.rms_norm import add_rms_norm, rms_norm
 from kernels.gpu.rotary_store_kv import rotary_store_kv
 from kernels.gpu.sample import sample
 from kernels.gpu.silu_and_mul import silu_and_mul
+from kernels.gpu.variant import Variant
 from kernels.paged_plan import PagedPlan
 from kernels.segments import LoraSite
 from kernels.work_list import LoraDelta, WorkList
@@ -48,18 +49,14 @@ def _specialised(value: Any) -> tuple[str, bool]:
 
 
 class Compiler:
-    """Stands in for launch.start."""
+    """Stands in for launch.run."""
 
     def __init__(self) -> None:
         self.label = ""
         self.results: dict[str, dict[str, int]] = {}
 
-    def start(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-        options["enable_fp_fusion"] = constants.pop("fuse", True)
-        options["maxnreg"] = constants.pop("max_registers", None)
-        if constants.pop("early", False):
-            constants["IS_EARLY"] = options["launch_pdl"] = True
+    def run(self, variant: Variant, grid: tuple[int, ...], *args: Any) -> None:
+        kernel, options, constants = variant.kernel, variant.options, dict(variant.constants)
         signature, attributes = {}, {}
         for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
             if value is None or (isinstance(value, int) and value == 1):
@@ -133,7 +130,7 @@ def _sample(dtype: torch.dtype, vocab_size: int) -> None:
 
 def main() -> None:
     compiler = Compiler()
-    launch.start = compiler.start
+    launch.run = compiler.run
     launch.STARTS_EARLY = True
     launch.num_sms = lambda device: 132  # type: ignore[assignment]
     for dtype, num_rows in (

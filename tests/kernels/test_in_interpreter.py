@@ -1,4 +1,4 @@
-"""Runs the kernels' tests in Triton's interpreter, and compiles the kernels for sm_90 without a GPU.
+"""Runs the kernels' tests in Triton's interpreter; compiles the kernels for sm_90, and launches them, without a GPU.
 
 In processes of their own: Triton reads TRITON_INTERPRET when it is imported, and kernels compile only without it.
 """
@@ -9,8 +9,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 600
+KERNELS = [
+    "_argmax",
+    "_attention_decode",
+    "_attention_prefill",
+    "_best_of_rows",
+    "_draw_rows",
+    "_few_rows_linear",
+    "_lora_expand",
+    "_lora_shrink",
+    "_rms_norm",
+    "_rotary_store_kv",
+    "_rotary_store_kv_lora",
+    "_silu_and_mul",
+    "_silu_and_mul_lora",
+]
 
 
 def run(*arguments: str, interpret: str) -> subprocess.CompletedProcess[str]:
@@ -32,3 +49,13 @@ def test_kernels_compile_for_sm_90_without_spills() -> None:
     assert usages
     spilled = {name: usage for name, usage in usages.items() if usage["stack"] or usage["local"]}
     assert not spilled
+
+
+@pytest.mark.parametrize("options", [[], ["--compile"]])
+def test_a_launch_gives_the_gpu_what_triton_would_give_it(options: list[str]) -> None:
+    result = run("tests.kernels.relaunching", *options, interpret="0")
+    assert result.returncode == 0, result.stderr[-8000:]
+    report = json.loads(result.stdout)
+    assert report["compared"] > 0
+    if not options:
+        assert sorted(report["kernels"]) == KERNELS

@@ -10,7 +10,7 @@ from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.reference import silu_and_mul as silu_and_mul_twin
 from kernels.reference_lora import lora_expand as expand_twin
 from kernels.reference_lora import lora_shrink as shrink_twin
-from kernels.work_list import LoraDelta
+from kernels.work_list import LoraDelta, WorkList
 from tests.kernels.cases import (
     DTYPES,
     POPULARITIES,
@@ -125,3 +125,14 @@ def test_a_work_list_is_used_again_for_other_mixes(long_rows: int) -> None:
         s = lora_shrink(x, case.chunks, case.site, work)
         y = silu_and_mul(gate_up, LoraDelta(s, case.chunks, case.site, work))
         assert relative_error(y, silu_and_mul_twin(expanded(case, x, gate_up))) <= 1e-5
+
+
+def test_what_is_worked_out_once_follows_an_update() -> None:
+    def tasks(work: WorkList, factor: int) -> int:
+        return work.short.num_tasks * factor
+
+    many, few = (lora_case(mix, [16, 40], 64, (40,), torch.float32, seed=3) for mix in ([0, 1] * 4, [0] * 8))
+    work = many.work_list(changes=False)
+    assert (work.once(tasks, 1), work.once(tasks, 2)) == (4, 8)
+    work.update(8, few.adapters())
+    assert (work.once(tasks, 1), work.once(tasks, 2)) == (1, 2)
