@@ -104,9 +104,11 @@ $(VENV)/.dev: $(VENV)/.serve
 $(VENV)/clients/.ready: $(VENV)/.torch pyproject.toml tests/clients/tools.txt
 	$(PYTHON) -m venv $(VENV)/clients
 	$(PYTHON) -m venv --without-pip $(VENV)/clients/tools
-	@CLIENTS=$(VENV)/clients/bin; $$CLIENTS/python -m pip --disable-pip-version-check install --quiet uv \
-		&& $$CLIENTS/uv pip install --quiet --python $$CLIENTS/python -e '.[gateway,clients]' \
-		&& $$CLIENTS/uv pip install --quiet --no-deps --python $(VENV)/clients/tools/bin/python -r tests/clients/tools.txt
+	@CLIENTS=$(VENV)/clients; PIP="$$CLIENTS/bin/python -m pip --disable-pip-version-check"; \
+	install() { env=$$1; shift; $$CLIENTS/bin/uv pip install --quiet --python $$env/bin/python "$$@" \
+		|| $$PIP --python $$env/bin/python install --quiet "$$@"; }; \
+	$$PIP install --quiet uv; install $$CLIENTS -e '.[gateway,clients]' \
+		&& install $$CLIENTS/tools --no-deps -r tests/clients/tools.txt
 	@MAIN=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 		TOOLS=$$($(VENV)/clients/tools/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 		echo "import site; site.addsitedir('$$MAIN')" > $$TOOLS/torch_of_main.pth

@@ -58,7 +58,7 @@ def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_tool(tmp_path: Path) -> Callable[..., str]:
-    """Runs one of the command-line clients to its end in an empty directory, with no key and no hub; what it printed."""
+    """Runs one of the commands to its end in an empty directory, with no key and no hub; what it printed."""
 
     def run_tool(name: str, *arguments: str, **environment: str) -> str:
         env = {key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "HF_", "PYTHON"))}

@@ -36,9 +36,12 @@ def test_answers(llm: Llm) -> None:
 
 
 def test_talks_on(llm: Llm, say: Say) -> None:
-    say("hello", then="again")
+    say("hello")
     assert llm("-m", "chat", "hi", "-s", "Be kind.") == "hello"
-    assert llm("-c", "and now?") == "again"  # with the whole talk
+    say("")
+    talk = [("system", "Be kind."), ("user", "hi"), ("assistant", "hello"), ("user", "and now?")]
+    prompt = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in talk) + "<|im_start|>assistant\n"
+    assert llm("-c", "and now?", "-o", "max_tokens", "9") == expected(prompt, "x", 9)
 
 
 def test_completions(llm: Llm) -> None:
@@ -50,11 +53,11 @@ def test_schemas(llm: Llm, say: Say) -> None:
     assert City.model_validate_json(llm("-m", "chat", "hi", "--schema", "name, population int")).population == 3
 
 
-def test_tools(llm: Llm, say: Say) -> None:
+def test_tools(llm: Llm, say: Say, tmp_path: Path) -> None:
     say(CALL, then="It is big.")
     function = 'def City(name: str, population: int) -> str:\n    open("called", "w").write(name)\n    return "big"'
     assert llm("-m", "chat", "hi", "--functions", function).endswith("It is big.")
-    assert "big" in llm("logs", "list", "-n", "1", "--json")
+    assert (tmp_path / "called").read_text() == "Rome"
 
 
 def test_an_endpoint_without_configuration(llm: Llm, url: str) -> None:

@@ -10,7 +10,10 @@ import pytest
 from tests.echo_worker import echo_logprobs
 from tests.gateway.test_openai_routes import TOKENIZER, chat_prompt, expected
 
-DOCS = [{"text": "the rain in", "target": " Spain", "other": " no land"}, {"text": "a red", "target": " fox", "other": "x"}]
+DOCS = [
+    {"text": "the rain in", "target": " Spain", "other": " no land"},
+    {"text": "a red", "target": " fox", "other": "x"},
+]
 HEAD = """
 task: {name}
 dataset_path: json
@@ -41,10 +44,10 @@ def lm_eval(tmp_path: Path, tokenizer_directory: Path, run_tool: Callable[..., s
         data.write_text("\n".join(map(json.dumps, DOCS)))
         for name in tasks:
             (tmp_path / f"{name}.yaml").write_text(HEAD.format(name=name, data=data) + TASKS[name])
-        arguments = f"model=lora0,base_url={url},tokenizer_backend=huggingface,tokenizer={tokenizer_directory}"
+        model = f"model=lora0,base_url={url},tokenizer_backend=huggingface,tokenizer={tokenizer_directory}"
         run_tool(
-            "lm_eval", "run", "--model", kind, "--model_args", f"{arguments},max_retries=1,num_concurrent=2",
-            "--include_path", str(tmp_path), "--tasks", ",".join(tasks), "--output_path", "out", "--log_samples", *options
+            "lm_eval", "run", "--model", kind, "--model_args", f"{model},max_retries=1,num_concurrent=2", *options,
+            "--include_path", str(tmp_path), "--tasks", ",".join(tasks), "--output_path", "out", "--log_samples",
         )  # fmt: skip
         samples = {}
         for name in tasks:
@@ -72,6 +75,8 @@ def test_completions(url: str, lm_eval: LmEval) -> None:
         text, target = doc["text"], doc["target"]
         assert numbers(samples["loglikelihood"][i]) == [loglikelihood(text, target)]
         assert numbers(samples["multiple_choice"][i]) == [loglikelihood(text, doc[key]) for key in ("target", "other")]
+        [[rolling]] = samples["loglikelihood_rolling"][i]["resps"]  # after the end of another text
+        assert float(rolling) == loglikelihood("", text + target)
         assert samples["generate_until"][i]["resps"] == [[expected(text, "x", 6, SEED)]]
 
 

@@ -14,11 +14,12 @@ from tests.processes import EchoProcess
 
 SCRIPTS = Path(__file__).parent / "node"
 CITY = {"name": "Rome", "population": 3}
+PROVIDERS = pytest.mark.parametrize("provider", ["compatible", "openai"])
 pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed; these need version 20")
 
 
-def node(script: str, scenario: str, url: str) -> Any:
-    command = ["node", SCRIPTS / script, scenario, url]
+def node(script: str, *arguments: str) -> Any:
+    command = ["node", SCRIPTS / script, *arguments]
     run = subprocess.run(command, capture_output=True, timeout=60)
     assert run.returncode == 0, run.stderr.decode()
     return json.loads(run.stdout)
@@ -67,34 +68,39 @@ def test_openai_errors(url: str) -> None:
     assert (bad["class"], bad["status"], bad["param"]) == ("BadRequestError", 400, "temperature")
 
 
-def test_ai_sdk_text(url: str) -> None:
+@PROVIDERS
+def test_ai_sdk_text(url: str, provider: str) -> None:
     text = expected(chat_prompt("hi"), "x", 9)
-    assert node("ai_sdk.mjs", "text", url) == {"text": text, "tokens": 9, "finishReason": "length"}
+    assert node("ai_sdk.mjs", "text", url, provider) == {"text": text, "tokens": 9, "finishReason": "length"}
     text = expected(chat_prompt("hi"), "x", 20)
-    assert node("ai_sdk.mjs", "stream", url) == {"text": text, "tokens": 20, "finishReason": "length"}
+    assert node("ai_sdk.mjs", "stream", url, provider) == {"text": text, "tokens": 20, "finishReason": "length"}
 
 
-def test_ai_sdk_completions(url: str) -> None:
+@PROVIDERS
+def test_ai_sdk_completions(url: str, provider: str) -> None:
     text = expected("user:\nhi\n\nassistant:\n", "x", 5)  # as it writes a chat for a model that has none
-    assert node("ai_sdk.mjs", "completion", url) == {"text": text, "streamed": text}
+    assert node("ai_sdk.mjs", "completion", url, provider) == {"text": text, "streamed": text}
 
 
-def test_ai_sdk_objects(url: str, say: Say) -> None:
+@PROVIDERS
+def test_ai_sdk_objects(url: str, say: Say, provider: str) -> None:
     say(ROME)
-    reply = node("ai_sdk.mjs", "object", url)
+    reply = node("ai_sdk.mjs", "object", url, provider)
     assert reply["object"] == reply["streamed"] == reply["output"] == CITY
     assert reply["pieces"] > 3
 
 
+@PROVIDERS
 @pytest.mark.parametrize("streamed", [False, True])
-def test_ai_sdk_tools(url: str, say: Say, streamed: bool) -> None:
-    say(CALL, then="It is big." if not streamed else CALL)
-    reply = node("ai_sdk.mjs", "streamed_tools" if streamed else "tools", url)
+def test_ai_sdk_tools(url: str, say: Say, provider: str, streamed: bool) -> None:
+    say(CALL, then="" if streamed else "It is big.")
+    reply = node("ai_sdk.mjs", "streamed_tools" if streamed else "tools", url, provider)
     if streamed:  # every step is made to call
         assert reply["called"] == [CITY, CITY] and reply["deltas"] > 6
     else:
         assert reply == {"text": "It is big.", "called": [CITY], "steps": 2}
 
 
-def test_ai_sdk_errors(url: str) -> None:
-    assert node("ai_sdk.mjs", "errors", url) == {"name": "AI_APICallError", "status": 404, "retryable": False}
+@PROVIDERS
+def test_ai_sdk_errors(url: str, provider: str) -> None:
+    assert node("ai_sdk.mjs", "errors", url, provider) == {"name": "AI_APICallError", "status": 404, "retryable": False}

@@ -1,14 +1,18 @@
-// Vercel's AI SDK: `node ai_sdk.mjs SCENARIO URL` does one ordinary thing and prints as JSON what came of it.
+// Vercel's AI SDK: `node ai_sdk.mjs SCENARIO URL PROVIDER` does one ordinary thing and prints as JSON what came of it.
+// PROVIDER is compatible, which is for servers like ours, or openai with its base URL changed.
+import { createOpenAI } from '@ai-sdk/openai';
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
 import { generateObject, generateText, jsonSchema, Output, stepCountIs, streamObject, streamText, tool } from 'ai';
 import { z } from 'zod';
 
-const [scenario, baseURL] = process.argv.slice(2);
-const provider = createOpenAICompatible({
-  name: 'polylora', baseURL, includeUsage: true, supportsStructuredOutputs: true,
-});
+const [scenario, baseURL, providerName] = process.argv.slice(2);
+const compatible = { name: 'polylora', baseURL, includeUsage: true, supportsStructuredOutputs: true };
+const provider =
+  providerName === 'openai' ? createOpenAI({ baseURL, apiKey: 'none' }) : createOpenAICompatible(compatible);
+const chat = (model) => (provider.chatModel ?? provider.chat)(model);
+const completion = (model) => (provider.completionModel ?? provider.completion)(model);
 const City = z.object({ name: z.string(), population: z.number() });
-const hi = { model: provider('lora0'), prompt: 'hi', maxRetries: 0 };
+const hi = { model: chat('lora0'), prompt: 'hi', maxRetries: 0 };
 const collect = async (parts) => {
   const all = [];
   for await (const part of parts) all.push(part);
@@ -34,7 +38,7 @@ const scenarios = {
   },
 
   async completion() {
-    const model = provider.completionModel('lora0');
+    const model = completion('lora0');
     const { text } = await generateText({ ...hi, model, maxOutputTokens: 5 });
     const result = streamText({ ...hi, model, maxOutputTokens: 5 });
     return { text, streamed: (await collect(result.textStream)).join('') };
@@ -62,7 +66,7 @@ const scenarios = {
   },
 
   async errors() {
-    const error = await generateText({ ...hi, model: provider('nope') }).catch((error) => error);
+    const error = await generateText({ ...hi, model: chat('nope') }).catch((error) => error);
     return { name: error.name, status: error.statusCode, retryable: error.isRetryable };
   },
 };
