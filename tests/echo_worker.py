@@ -5,7 +5,8 @@ It speaks the protocol from its own reading of it, and imports nothing of the wo
     python -m tests.echo_worker --endpoint ipc:///tmp/x/worker.sock [--control ipc:///tmp/x/control.sock] [--delay-ms 1]
 
 The control socket (REQ) takes one JSON object, {"do": ...}: die, hang, mute, drop, gone, delay, say, stats.
-Told to say some tokens, it answers everything with them and the end of text, until it is told to say nothing.
+Told to say some tokens, it answers everything with them and the end of text, until it is told to say nothing; with
+`then`, only the next request, and all after it with those.
 """
 
 import argparse
@@ -97,6 +98,7 @@ class Running:
 
     command: Generate
     key: bytes
+    said: list[int]
     num_sent: int = 0
 
 
@@ -131,6 +133,7 @@ class EchoWorker:
         self.counts = {"aborts": 0, "generates": 0, "hellos": 0, "drop": 0, "gone": 0, "steps": 0}
         self.muted = False
         self.said: list[int] = []
+        self.said_then: list[int] = []
         self.last_grammar: list[str] = []
         context = zmq.Context()
         self.router = context.socket(zmq.ROUTER)
@@ -184,7 +187,7 @@ class EchoWorker:
             case "gone":
                 self.counts["gone"] = order["times"]
             case "say":
-                self.said = order["tokens"]
+                self.said, self.said_then = order["tokens"], order.get("then", [])
             case "delay":
                 self.delay_s = order["ms"] / 1000
         running = sum(len(peer.running) for peer in self.peers.values())
@@ -298,9 +301,10 @@ class EchoWorker:
                 self._send(routing_id, Outputs(outputs=[output]))
                 return
             digest = self.adapters[command.generation].digest
-        peer.running[command.request_id] = Running(
-            command, echo_key(command.prompt_token_ids, digest, command.sampling.seed)
-        )
+        key = echo_key(command.prompt_token_ids, digest, command.sampling.seed)
+        peer.running[command.request_id] = Running(command, key, self.said)
+        if self.said_then:
+            self.said, self.said_then = self.said_then, []
 
     def _load(self, routing_id: bytes, command: LoadAdapter, slow: bool = True) -> None:
         if slow and (command.source or command.name).startswith(("slow", "found-slow")):
@@ -462,8 +466,8 @@ class EchoWorker:
         command, offset = running.command, running.num_sent
         sampling = command.sampling
         token = echo_token(running.key, offset)
-        if self.said:
-            token = [*self.said, EOS][offset]
+        if running.said:
+            token = [*running.said, EOS][offset]
         running.num_sent += 1
         finish, stop_token = None, None
         if token == EOS or token in sampling.stop_token_ids and running.num_sent >= sampling.min_tokens:
