@@ -19,6 +19,11 @@ DEMO := --adapter-root deploy/adapters \
 	--lora-paths lora0=deploy/adapters/lora0 lora1=deploy/adapters/lora1 lora2=deploy/adapters/lora2
 endif
 
+# Node's clients where there is Node; the tests say where there is none.
+ifneq ($(shell command -v npm),)
+NODE_CLIENTS := tests/clients/node/node_modules/.ready
+endif
+
 .PHONY: help install serve chat check lint test test-clients test-gpu bench bench-gpu bench-plots build clean
 
 help: ## Show the targets
@@ -45,7 +50,7 @@ lint: $(VENV)/.dev ## Format and fix what can be fixed
 test: $(VENV)/.dev ## Every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
-test-clients: $(VENV)/clients/.ready ## The clients that applications use, before an echo worker (no GPU, no torch)
+test-clients: $(VENV)/clients/.ready $(NODE_CLIENTS) ## The clients that applications use, before an echo worker (no GPU)
 	$(VENV)/clients/bin/python -m pytest tests/clients $(ARGS)
 
 test-gpu: $(VENV)/.dev ## The tests that need a GPU
@@ -72,7 +77,7 @@ build: $(VENV)/.serve ## Build the wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 
 clean: ## Remove the virtual environment and everything built
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info tests/clients/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # Without a GPU a plain `pip install torch` fetches gigabytes of CUDA libraries. Where pip has no CPU build at hand, uv
 # knows where PyTorch keeps its own.
@@ -94,10 +99,21 @@ $(VENV)/.dev: $(VENV)/.serve
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(INSTALL) triton==$(TRITON)
 	@touch $@
 
-# With uv this takes seconds, with pip alone minutes.
-$(VENV)/clients/.ready: pyproject.toml
+# Libraries in one environment, commands in another: they pin each other's versions. The commands come without torch and
+# its gigabytes; guidellm, whose data loader is torch's, sees the main environment's. uv takes seconds, pip minutes.
+$(VENV)/clients/.ready: $(VENV)/.torch pyproject.toml tests/clients/tools.txt
 	$(PYTHON) -m venv $(VENV)/clients
-	@CLIENTS=$(VENV)/clients/bin; $$CLIENTS/python -m pip --disable-pip-version-check install --quiet uv \
-		&& $$CLIENTS/uv pip install --quiet --python $$CLIENTS/python -e '.[gateway,clients]' \
-		|| $$CLIENTS/python -m pip --disable-pip-version-check install --quiet -e '.[gateway,clients]'
+	$(PYTHON) -m venv --without-pip $(VENV)/clients/tools
+	@CLIENTS=$(VENV)/clients; PIP="$$CLIENTS/bin/python -m pip --disable-pip-version-check"; \
+	install() { env=$$1; shift; $$CLIENTS/bin/uv pip install --quiet --python $$env/bin/python "$$@" \
+		|| $$PIP --python $$env/bin/python install --quiet "$$@"; }; \
+	$$PIP install --quiet uv; install $$CLIENTS -e '.[gateway,clients]' \
+		&& install $$CLIENTS/tools --no-deps -r tests/clients/tools.txt
+	@MAIN=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+		TOOLS=$$($(VENV)/clients/tools/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+		echo "import site; site.addsitedir('$$MAIN')" > $$TOOLS/torch_of_main.pth
+	@touch $@
+
+tests/clients/node/node_modules/.ready: tests/clients/node/package-lock.json
+	npm ci --prefix tests/clients/node --no-audit --no-fund
 	@touch $@

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from tests.gateway.test_openai_routes import HI, chat_prompt, expected
 
-Say = Callable[[str], None]
+Say = Callable[..., None]
 
 
 class City(BaseModel):
