@@ -9,7 +9,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from protocol.errors import Error, ErrorCode
@@ -20,7 +22,16 @@ TEMP_PREFIX = ".copy-"
 LEFTOVER_AGE_S = 24 * 3600
 MAX_JSON_BYTES = 4 << 20
 MAX_SHARDS = 64
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 8 << 20
+DERIVED = {"packed.json", "packed.bin"}  # made from the rest: see packed_file
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """An adapter's copy that is not in the store yet."""
+
+    path: Path
+    digest: str
 
 
 class AdapterStore:
@@ -41,27 +52,21 @@ class AdapterStore:
 
     def put(self, source: SourceDirectory, max_bytes: int) -> str:
         """Copy an adapter's files, of at most max_bytes together, and return their digest, which is held now."""
-        names = wanted_files(source.file_names())
+        return self.take(copy_in(self.directory, source, max_bytes))
+
+    def take(self, incoming: Incoming) -> str:
+        """Makes a copy the store's own, which is held now, and returns its digest."""
         try:
-            temp = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=self.directory))
+            with self._lock:
+                self._references[incoming.digest] += 1
             try:
-                self._copy(source, names, temp, max_bytes)
-                digest = _digest(temp)
-                with self._lock:
-                    self._references[digest] += 1
-                try:
-                    self._install(temp, digest)
-                except BaseException:
-                    self.release(digest)
-                    raise
-            finally:
-                shutil.rmtree(temp, ignore_errors=True)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                full = Error(ErrorCode.STORE_FULL, "the worker's adapter store is full", "lora_path")
-                raise AdapterError(full) from None
-            raise
-        return digest
+                self._install(incoming.path, incoming.digest)
+            except BaseException:
+                self.release(incoming.digest)
+                raise
+        finally:
+            shutil.rmtree(incoming.path, ignore_errors=True)
+        return incoming.digest
 
     def release(self, digest: str) -> None:
         """Undoes one put. What nobody holds is removed."""
@@ -87,27 +92,6 @@ class AdapterStore:
             raise invalid("the adapter's copy in the worker's store is gone or damaged; load it again")
         return path
 
-    def _copy(self, source: SourceDirectory, names: list[str], target: Path, max_bytes: int) -> None:
-        left = max_bytes
-        for name in names:
-            limit = min(left, MAX_JSON_BYTES) if name.endswith(".json") else left
-            with source.open(name) as reader, (target / name).open("xb") as writer:
-                before = os.fstat(reader.fileno())
-                if before.st_size > limit:
-                    raise beyond_limit(f"{name} is larger than the {limit} bytes that this worker takes")
-                copied = 0
-                while piece := reader.read(PIECE_BYTES):
-                    copied += len(piece)
-                    if copied > limit:
-                        raise beyond_limit(f"{name} is larger than the {limit} bytes that this worker takes")
-                    writer.write(piece)
-                writer.flush()
-                os.fsync(writer.fileno())
-                after = os.fstat(reader.fileno())
-            if (copied, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                raise invalid(f"{name} changed while it was read; load it again")
-            left -= copied
-
     def _install(self, temp: Path, digest: str) -> None:
         try:
             self.get(digest)
@@ -123,11 +107,64 @@ class AdapterStore:
             self.get(digest)  # another thread was faster with the same content
             return
         shutil.rmtree(target / "damaged", ignore_errors=True)
-        handle = os.open(self.directory, os.O_RDONLY)
+
+
+def copy_in(directory: Path, source: SourceDirectory, max_bytes: int) -> Incoming:
+    """Copies an adapter's files, of at most max_bytes together, into a fresh directory below this one.
+
+    Nothing is flushed to the disk: the private store ends with its process, and what is read from it is checked.
+    """
+    names = wanted_files(source.file_names())
+    with full_disk_is_an_error():
+        temp = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=directory))
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            return Incoming(temp, _copy(source, names, temp, max_bytes))
+        except BaseException:
+            shutil.rmtree(temp, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def full_disk_is_an_error() -> Iterator[None]:
+    """Turns the error of a full disk into the user's. Raises AdapterError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = Error(ErrorCode.STORE_FULL, "the worker's adapter store is full", "lora_path")
+            raise AdapterError(full) from None
+        raise
+
+
+def _copy(source: SourceDirectory, names: list[str], target: Path, max_bytes: int) -> str:
+    """Returns what `_digest` says of the copies."""
+    left, digests = max_bytes, {}
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    for name in names:
+        limit = min(left, MAX_JSON_BYTES) if name.endswith(".json") else left
+        digest, copied = hashlib.sha256(), 0
+        with source.open(name) as reader, (target / name).open("xb") as writer:
+            before = os.fstat(reader.fileno())
+            if before.st_size > limit:
+                raise beyond_limit(f"{name} is larger than the {limit} bytes that this worker takes")
+            while num_read := os.readv(reader.fileno(), [buffer]):
+                copied += num_read
+                if copied > limit:
+                    raise beyond_limit(f"{name} is larger than the {limit} bytes that this worker takes")
+                digest.update(buffer[:num_read])
+                write_all(writer.fileno(), buffer[:num_read])
+            after = os.fstat(reader.fileno())
+        if (copied, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise invalid(f"{name} changed while it was read; load it again")
+        left -= copied
+        digests[name] = digest.digest()
+    return _whole(digests)
+
+
+def write_all(file: int, data: memoryview) -> None:
+    """Writes bytes to an open file."""
+    while data:
+        data = data[os.write(file, data) :]
 
 
 def wanted_files(names: list[str]) -> list[str]:
@@ -143,9 +180,16 @@ def wanted_files(names: list[str]) -> list[str]:
 
 def _digest(directory: Path) -> str:
     """SHA-256 over the names and contents of a directory's files."""
-    whole = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.is_file():
+    digests = {}
+    for path in directory.iterdir():
+        if path.is_file() and path.name not in DERIVED:
             with path.open("rb") as file:
-                whole.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+                digests[path.name] = hashlib.file_digest(file, "sha256").digest()
+    return _whole(digests)
+
+
+def _whole(digests: dict[str, bytes]) -> str:
+    whole = hashlib.sha256()
+    for name, digest in sorted(digests.items()):
+        whole.update(name.encode() + b"\0" + digest)
     return whole.hexdigest()
