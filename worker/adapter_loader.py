@@ -10,7 +10,7 @@ import torch
 
 from worker.adapter_download import Downloads
 from worker.adapter_packer import AdapterLimits, AdapterPacker
-from worker.adapter_source import AdapterSources, SourceDirectory
+from worker.adapter_source import AdapterSources
 from worker.adapter_store import AdapterStore, Incoming
 from worker.adapter_weights import PackedAdapter
 from worker.chunk_layout import ChunkLayout
@@ -22,12 +22,6 @@ class LayoutSource(Protocol):
     """What the loader must know of a model."""
 
     def chunk_layout(self) -> ChunkLayout: ...
-
-
-class TakesIn(Protocol):
-    """An AdapterPacker, here or in a process."""
-
-    def take_in(self, source: SourceDirectory) -> Incoming: ...
 
 
 class AdapterLoader:
@@ -56,7 +50,7 @@ class AdapterLoader:
         self._sources = AdapterSources(roots, hub_allow, Downloads(store_dir, source_timeout_s), resolver)
         self._packer = AdapterPacker(self._layout, dtype, limits, store_dir)
         self._process = PackerProcess(self._layout, dtype, limits, store_dir)
-        self._takes_in: TakesIn = self._packer
+        self._takes_in: AdapterPacker | PackerProcess = self._packer
         self._repairing = threading.Lock()
         self._in_memory: WeakValueDictionary[str, PackedAdapter] = WeakValueDictionary()  # by digest
 

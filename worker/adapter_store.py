@@ -46,6 +46,7 @@ class AdapterStore:
         self.directory = directory
         self._references: Counter[str] = Counter()
         self._lock = threading.Lock()  # of the references, and of what is done because of them
+        self._installing = threading.Lock()  # else what one has just installed is another's damaged copy
         for leftover in directory.glob(f"{TEMP_PREFIX}*"):  # of a process that died; another one may be at work now
             if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE_S:
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -60,7 +61,8 @@ class AdapterStore:
             with self._lock:
                 self._references[incoming.digest] += 1
             try:
-                self._install(incoming.path, incoming.digest)
+                with self._installing:
+                    self._install(incoming.path, incoming.digest)
             except BaseException:
                 self.release(incoming.digest)
                 raise
@@ -101,11 +103,7 @@ class AdapterStore:
         target = self.directory / digest
         if target.exists():  # damaged: moved away first, since a rename does not replace a directory with files
             target.rename(temp / "damaged")
-        try:
-            temp.rename(target)
-        except OSError:
-            self.get(digest)  # another thread was faster with the same content
-            return
+        temp.rename(target)
         shutil.rmtree(target / "damaged", ignore_errors=True)
 
 

@@ -96,8 +96,7 @@ class Worker:
         try:
             self._engine = _make_engine(config, base, pool, adapters, self._inbox, outbox, self._server, start_up)
             _load_adapters(config, adapters)
-            if config.lora_enabled:
-                self._loader.work_apart(start=base.target.device.type == "cuda")
+            self._loader.work_apart(start=config.lora_enabled and base.target.device.type == "cuda")
             start_up.done("adapters")
             self._server.post(outbox.take())  # the server learns of these adapters as of any later one
             self._server.start(self._engine.status, adapters.listing.page)

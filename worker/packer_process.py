@@ -2,10 +2,9 @@
 
     python -m worker.packer_process
 
-The first line in is a Setup; then each line in, a SourceDirectory, is answered by one line out, an Answer. JSON.
+The first line in is a Setup; then each line in, an Order, is answered by one line out, an Answer. All are JSON.
 """
 
-import logging
 import os
 import signal
 import subprocess
@@ -23,40 +22,19 @@ from worker.adapter_source import SourceDirectory
 from worker.adapter_store import Incoming
 from worker.chunk_layout import ChunkLayout
 
-log = logging.getLogger(__name__)
-
 NICENESS = 10  # a load may wait for a core; tokens may not
 
 
-class Setup(msgspec.Struct):
-    """What an AdapterPacker is made of."""
-
-    layout: ChunkLayout
-    dtype: str
-    limits: AdapterLimits
-    store_dir: str
-
-
-class Order(msgspec.Struct):
-    """A SourceDirectory."""
-
-    path: str
-    root: str
-
-
-class Answer(msgspec.Struct):
-    """How it went: an Incoming, or why not."""
-
-    path: str = ""
-    digest: str = ""
-    error: Error | None = None
+Setup = tuple[ChunkLayout, str, AdapterLimits, str]  # what an AdapterPacker is made of
+Order = tuple[str, str]  # a SourceDirectory
+Answer = tuple[str, str] | Error  # an Incoming, or why there is none
 
 
 class PackerProcess:
     """Threads may share it; adapters are taken in turn. The process begins with `start` or the first adapter."""
 
     def __init__(self, layout: ChunkLayout, dtype: torch.dtype, limits: AdapterLimits, store_dir: Path) -> None:
-        self._setup = Setup(layout, str(dtype).removeprefix("torch."), limits, str(store_dir))
+        self._setup: Setup = (layout, str(dtype).removeprefix("torch."), limits, str(store_dir))
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
@@ -64,13 +42,13 @@ class PackerProcess:
         """See AdapterPacker. Raises RuntimeError if the process ended in the middle of it; the next one starts anew."""
         with self._lock:
             try:
-                answer = self._ask(Order(str(source.path), str(source.root)))
+                answer = self._ask((str(source.path), str(source.root)))
             except (OSError, msgspec.DecodeError):
                 self._end()
                 raise RuntimeError("the process that packs adapters ended") from None
-        if answer.error is not None:
-            raise AdapterError(answer.error)
-        return Incoming(Path(answer.path), answer.digest)
+        if isinstance(answer, Error):
+            raise AdapterError(answer)
+        return Incoming(Path(answer[0]), answer[1])
 
     def start(self) -> None:
         """Starts the process without waiting for it: it takes seconds to import torch."""
@@ -90,19 +68,14 @@ class PackerProcess:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(msgspec.json.encode(order) + b"\n")
         process.stdin.flush()
-        return msgspec.json.decode(process.stdout.readline(), type=Answer)
+        answer: Answer = msgspec.json.decode(process.stdout.readline(), type=Answer)
+        return answer
 
     def _running(self) -> "subprocess.Popen[bytes]":
         if self._process is None or self._process.poll() is not None:
             self._end()
-            environment = {
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
-                "CUDA_VISIBLE_DEVICES": "",
-                "OMP_NUM_THREADS": "1",
-            }
-            command = [sys.executable, "-m", "worker.packer_process"]
-            pipe = subprocess.PIPE
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+            command, pipe = [sys.executable, "-m", "worker.packer_process"], subprocess.PIPE
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
             assert self._process.stdin is not None
             self._process.stdin.write(msgspec.json.encode(self._setup) + b"\n")
@@ -121,15 +94,15 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the worker, whose end ends the input
     os.nice(NICENESS)
     torch.set_num_threads(1)
-    setup = msgspec.json.decode(sys.stdin.buffer.readline(), type=Setup)
-    packer = AdapterPacker(setup.layout, getattr(torch, setup.dtype), setup.limits, Path(setup.store_dir))
+    layout, dtype, limits, store_dir = msgspec.json.decode(sys.stdin.buffer.readline(), type=Setup)
+    packer = AdapterPacker(layout, getattr(torch, dtype), limits, Path(store_dir))
     for line in sys.stdin.buffer:
-        order = msgspec.json.decode(line, type=Order)
+        path, root = msgspec.json.decode(line, type=Order)
         try:
-            incoming = packer.take_in(SourceDirectory(Path(order.path), Path(order.root)))
-            answer = Answer(str(incoming.path), incoming.digest)
+            incoming = packer.take_in(SourceDirectory(Path(path), Path(root)))
+            answer: Answer = (str(incoming.path), incoming.digest)
         except AdapterError as error:
-            answer = Answer(error=error.error)
+            answer = error.error
         sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
         sys.stdout.buffer.flush()
 
