@@ -41,7 +41,7 @@ from worker.weights import LoadingModel
 log = logging.getLogger(__name__)
 
 NUM_LOAD_THREADS = 4  # for adapter commands, which may wait for a download, and for --lora-paths
-NUM_RELOAD_THREADS = 2  # for adapters that requests wait for
+NUM_RELOAD_THREADS = 4  # for adapters that requests wait for, and for removing copies, which takes its time
 
 MAX_GPU_CHUNKS = 16  # of one adapter on a GPU, rank 256, where --max-lora-rank does not say otherwise
 
