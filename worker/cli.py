@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Sleeping at once (OMP_WAIT_POLICY=PASSIVE) costs a fifth on a quiet machine. Read when torch loads OpenMP.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # An adapter's 84 MB in pages of 4 KB take 25 ms to come and 5 to go, which every other thread waits for; in huge
-    # pages 8 and 0.4 (bench_loads: p99 of steps beside loads 14.3 to 13.5 ms, a load 246 to 176). Read by torch.
+    # pages 8 and 0.4 (bench_loads: a load 246 to 176). Read by torch.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from worker.boot import BootError, Worker  # torch takes seconds; a wrong option is told before
 

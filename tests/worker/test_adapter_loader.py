@@ -1,6 +1,7 @@
 """The loader at the door: sound adapters in every form come in, everything else is refused with its reason."""
 
 import array
+import errno
 import fcntl
 import json
 import os
@@ -319,6 +320,24 @@ def test_the_same_content_is_packed_once_and_in_memory_once(
     for _ in range(3):
         loader.release(digest)
     assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_a_disk_that_is_full_before_all_is_packed_leaves_nothing_behind(
+    loader: AdapterLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, real, sizes = write_adapter(tmp_path / "a"), os.write, []
+
+    def fill(handle: int, data: memoryview) -> int:
+        sizes.append(len(data))
+        if len(sizes) > 2:  # config and tensors are copied; the chunks come next
+            raise OSError(errno.ENOSPC, "full")
+        return real(handle, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", fill)
+        assert "store is full" in refusal(loader, source, ErrorCode.STORE_FULL)
+    assert len(sizes) == 3 and list((tmp_path / "store").iterdir()) == []
+    assert loader.load(str(source), trusted=True).rank == 4
 
 
 # ------------------------------------------------------------------------------------------------ packed by a process
