@@ -60,6 +60,7 @@ bench: $(VENV)/.dev ## Measure what this machine can; appends to tests/bench/res
 	$(BIN)/python -m tests.bench.bench_cpu_decode --csv tests/bench/results.csv
 	$(BIN)/python -m tests.bench.bench_engine --csv tests/bench/results.csv
 	$(BIN)/python -m tests.bench.bench_gateway --csv tests/bench/results.csv
+	$(BIN)/python -m tests.bench.bench_loads --csv tests/bench/results.csv
 	@if nvidia-smi >/dev/null 2>&1; then $(MAKE) bench-gpu; fi
 	$(MAKE) bench-plots
 

@@ -1,44 +1,27 @@
-"""AdapterLoader: from a source to a packed adapter, with everything checked on the way. Runs on loader threads."""
+"""AdapterLoader: from a source to a packed adapter in memory. Runs on loader threads."""
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 
-from worker.adapter_config import CONFIG_FILE, beyond_limit, invalid, parse_config
 from worker.adapter_download import Downloads
+from worker.adapter_packer import AdapterLimits, AdapterPacker
 from worker.adapter_source import AdapterSources
-from worker.adapter_store import MAX_JSON_BYTES, AdapterStore
-from worker.adapter_targets import Place, Target, find_targets
-from worker.adapter_tensors import MAX_HEADER_BYTES, read_weights
-from worker.adapter_weights import PackedAdapter, pack_adapter
-from worker.chunk_layout import CHUNK_RANK, MODULES, ChunkLayout
-
-BYTES_PER_ELEMENT = 4  # float32, the widest that an adapter may be stored in
-LARGEST_SCALE = float(torch.finfo(torch.float32).max)
-SMALLEST_SCALE = float(torch.finfo(torch.float32).tiny)
+from worker.adapter_store import AdapterStore, Incoming
+from worker.adapter_weights import PackedAdapter
+from worker.chunk_layout import ChunkLayout
+from worker.packed_file import read_packed
+from worker.packer_process import PackerProcess
 
 
 class LayoutSource(Protocol):
     """What the loader must know of a model."""
 
     def chunk_layout(self) -> ChunkLayout: ...
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterLimits:
-    """What an adapter may be at most."""
-
-    max_chunks: int  # of the pool
-    max_lora_rank: int | None = None  # None: what max_chunks allow
-    target_modules: frozenset[str] = frozenset(MODULES)
-
-    @property
-    def max_rank(self) -> int:
-        return min(self.max_chunks * CHUNK_RANK, self.max_lora_rank or self.max_chunks * CHUNK_RANK)
 
 
 class AdapterLoader:
@@ -58,33 +41,47 @@ class AdapterLoader:
     ) -> None:
         """roots and hub_allow (patterns of hub ids and URLs) say what a source that is not trusted may name.
 
-        pin_memory: see pack_adapter. resolver: the directory of `load_named`. source_timeout_s: of one download.
+        pin_memory: see read_packed. resolver: the directory of `load_named`. source_timeout_s: of one download.
         """
         self._layout = model.chunk_layout()
         self._dtype = dtype
-        self._limits = limits
         self._pin_memory = pin_memory
         self._store = AdapterStore(store_dir)
         self._sources = AdapterSources(roots, hub_allow, Downloads(store_dir, source_timeout_s), resolver)
-        # A file larger than all its tensors could be is refused before it is read.
-        self._max_bytes = (
-            MAX_HEADER_BYTES + MAX_JSON_BYTES + BYTES_PER_ELEMENT * limits.max_chunks * self._layout.chunk_size
-        )
+        self._packer = AdapterPacker(self._layout, dtype, limits, store_dir)
+        self._process = PackerProcess(self._layout, dtype, limits, store_dir)
+        self._takes_in: AdapterPacker | PackerProcess = self._packer
+        self._repairing = threading.Lock()
+        self._in_memory: WeakValueDictionary[str, PackedAdapter] = WeakValueDictionary()  # by digest
+
+    def work_apart(self, start: bool = False) -> None:
+        """From now on adapters are read, checked and packed by another process, beside which steps go on undisturbed.
+
+        start: do not wait for the first adapter to start it.
+        """
+        self._takes_in = self._process
+        if start:
+            self._process.start()
+
+    def close(self) -> None:
+        """Ends that process."""
+        self._process.close()
 
     def load(self, source: str, trusted: bool, cancelled: threading.Event | None = None) -> PackedAdapter:
         """The adapter at a source; trusted sources are the operator's own. Raises AdapterError.
 
         Its copy in the store is held until `release`. cancelled: set when nobody wants it any more.
         """
-        with self._sources.open(source, trusted, self._max_bytes, cancelled) as directory:
-            digest = self._store.put(directory, self._max_bytes)
-        return self._pack_held(digest)
+        with self._sources.open(source, trusted, self._packer.max_bytes, cancelled) as directory:
+            incoming = self._takes_in.take_in(directory)
+        return self._keep(incoming)
 
     def load_named(self, name: str, cancelled: threading.Event) -> PackedAdapter:
         """The adapter that the resolver's directory has under a name, like `load`."""
-        return self._pack_held(self._store.put(self._sources.find_name(name), self._max_bytes))
+        return self._keep(self._takes_in.take_in(self._sources.find_name(name)))
 
-    def _pack_held(self, digest: str) -> PackedAdapter:
+    def _keep(self, incoming: Incoming) -> PackedAdapter:
+        digest = self._store.take(incoming)
         try:
             return self.reload(digest)
         except BaseException:
@@ -97,24 +94,23 @@ class AdapterLoader:
 
     def reload(self, digest: str) -> PackedAdapter:
         """The adapter of this digest once more, whatever has become of its source. Raises AdapterError."""
-        directory = self._store.get(digest)
-        config = parse_config((directory / CONFIG_FILE).read_bytes())
-        targets = find_targets(config, self._layout.num_layers)
-        self._check_limits(targets)
-        weights = read_weights(directory, targets, self._layout, self._dtype)
-        packed = pack_adapter(self._layout, weights, self._dtype, digest, self._pin_memory)
-        return replace(packed, stored_bytes=sum(path.stat().st_size for path in directory.iterdir()))
+        packed = self._in_memory.get(digest) or self._read(digest)
+        if packed is None:
+            packed = self._repair(digest)
+        self._in_memory[digest] = packed
+        return packed
 
-    def _check_limits(self, targets: dict[Place, Target]) -> None:
-        rank = max(target.rank for target in targets.values())
-        if rank > self._limits.max_rank:
-            flag = " (--max-lora-rank)" if self._limits.max_rank == self._limits.max_lora_rank else ""
-            raise beyond_limit(f"{CONFIG_FILE}: r: the rank {rank} is above the limit of {self._limits.max_rank}{flag}")
-        outside = sorted({module for _, module in targets} - self._limits.target_modules)
-        if outside:
-            allowed = ", ".join(sorted(self._limits.target_modules))
-            raise beyond_limit(
-                f"{CONFIG_FILE}: target_modules: {', '.join(outside)} is not among --lora-target-modules ({allowed})"
-            )
-        if not all(SMALLEST_SCALE <= target.scale <= LARGEST_SCALE for target in targets.values()):
-            raise invalid(f"{CONFIG_FILE}: lora_alpha: the scale is out of float32's range")
+    def _repair(self, digest: str) -> PackedAdapter:
+        """What was packed is lost or damaged: it is made once more from the copy, which is checked first."""
+        with self._repairing:  # two at once would write one file
+            packed = self._read(digest)
+            if packed is None:
+                self._packer.pack(self._store.get(digest), digest)
+                packed = self._read(digest)
+        if packed is None:
+            raise OSError("a packed adapter cannot be read back")
+        return packed
+
+    def _read(self, digest: str) -> PackedAdapter | None:
+        directory = self._store.directory / digest
+        return read_packed(directory, digest, self._layout.chunk_size, self._dtype, self._pin_memory)

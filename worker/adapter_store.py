@@ -9,7 +9,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from protocol.errors import Error, ErrorCode
@@ -20,7 +22,17 @@ TEMP_PREFIX = ".copy-"
 LEFTOVER_AGE_S = 24 * 3600
 MAX_JSON_BYTES = 4 << 20
 MAX_SHARDS = 64
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 8 << 20
+REMOVED_AT_ONCE_BYTES = 2 << 20
+DERIVED = {"packed.json", "packed.bin"}  # made from the rest: see packed_file
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """An adapter's copy that is not in the store yet."""
+
+    path: Path
+    digest: str
 
 
 class AdapterStore:
@@ -35,33 +47,29 @@ class AdapterStore:
         self.directory = directory
         self._references: Counter[str] = Counter()
         self._lock = threading.Lock()  # of the references, and of what is done because of them
+        self._installing = threading.Lock()  # else what one has just installed is another's damaged copy
         for leftover in directory.glob(f"{TEMP_PREFIX}*"):  # of a process that died; another one may be at work now
             if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE_S:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def put(self, source: SourceDirectory, max_bytes: int) -> str:
         """Copy an adapter's files, of at most max_bytes together, and return their digest, which is held now."""
-        names = wanted_files(source.file_names())
+        return self.take(copy_in(self.directory, source, max_bytes))
+
+    def take(self, incoming: Incoming) -> str:
+        """Makes a copy the store's own, which is held now, and returns its digest."""
         try:
-            temp = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=self.directory))
+            with self._lock:
+                self._references[incoming.digest] += 1
             try:
-                self._copy(source, names, temp, max_bytes)
-                digest = _digest(temp)
-                with self._lock:
-                    self._references[digest] += 1
-                try:
-                    self._install(temp, digest)
-                except BaseException:
-                    self.release(digest)
-                    raise
-            finally:
-                shutil.rmtree(temp, ignore_errors=True)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                full = Error(ErrorCode.STORE_FULL, "the worker's adapter store is full", "lora_path")
-                raise AdapterError(full) from None
-            raise
-        return digest
+                with self._installing:
+                    self._install(incoming.path, incoming.digest)
+            except BaseException:
+                self.release(incoming.digest)
+                raise
+        finally:
+            shutil.rmtree(incoming.path, ignore_errors=True)
+        return incoming.digest
 
     def release(self, digest: str) -> None:
         """Undoes one put. What nobody holds is removed."""
@@ -73,7 +81,7 @@ class AdapterStore:
             doomed = self.directory / f"{TEMP_PREFIX}{digest}-{time.monotonic_ns()}"
             with suppress(FileNotFoundError):  # it never came, or was lost
                 (self.directory / digest).rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        _remove_gently(doomed)
 
     def get(self, digest: str) -> Path:
         """The directory of this content, checked to be that content still."""
@@ -87,27 +95,6 @@ class AdapterStore:
             raise invalid("the adapter's copy in the worker's store is gone or damaged; load it again")
         return path
 
-    def _copy(self, source: SourceDirectory, names: list[str], target: Path, max_bytes: int) -> None:
-        left = max_bytes
-        for name in names:
-            limit = min(left, MAX_JSON_BYTES) if name.endswith(".json") else left
-            with source.open(name) as reader, (target / name).open("xb") as writer:
-                before = os.fstat(reader.fileno())
-                if before.st_size > limit:
-                    raise beyond_limit(f"{name} is larger than the {limit} bytes that this worker takes")
-                copied = 0
-                while piece := reader.read(PIECE_BYTES):
-                    copied += len(piece)
-                    if copied > limit:
-                        raise beyond_limit(f"{name} is larger than the {limit} bytes that this worker takes")
-                    writer.write(piece)
-                writer.flush()
-                os.fsync(writer.fileno())
-                after = os.fstat(reader.fileno())
-            if (copied, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                raise invalid(f"{name} changed while it was read; load it again")
-            left -= copied
-
     def _install(self, temp: Path, digest: str) -> None:
         try:
             self.get(digest)
@@ -117,17 +104,76 @@ class AdapterStore:
         target = self.directory / digest
         if target.exists():  # damaged: moved away first, since a rename does not replace a directory with files
             target.rename(temp / "damaged")
-        try:
-            temp.rename(target)
-        except OSError:
-            self.get(digest)  # another thread was faster with the same content
-            return
+        temp.rename(target)
         shutil.rmtree(target / "damaged", ignore_errors=True)
-        handle = os.open(self.directory, os.O_RDONLY)
+
+
+def copy_in(directory: Path, source: SourceDirectory, max_bytes: int) -> Incoming:
+    """Copies an adapter's files, of at most max_bytes together, into a fresh directory below this one.
+
+    Nothing is flushed to the disk: the private store ends with its process, and what is read from it is checked.
+    """
+    names = wanted_files(source.file_names())
+    with full_disk_is_an_error():
+        temp = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=directory))
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            return Incoming(temp, _copy(source, names, temp, max_bytes))
+        except BaseException:
+            shutil.rmtree(temp, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def full_disk_is_an_error() -> Iterator[None]:
+    """Turns the error of a full disk into the user's. Raises AdapterError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = Error(ErrorCode.STORE_FULL, "the worker's adapter store is full", "lora_path")
+            raise AdapterError(full) from None
+        raise
+
+
+def _copy(source: SourceDirectory, names: list[str], target: Path, max_bytes: int) -> str:
+    """Returns what `_digest` says of the copies."""
+    left, digests = max_bytes, {}
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    for name in names:
+        limit = min(left, MAX_JSON_BYTES) if name.endswith(".json") else left
+        digest, copied = hashlib.sha256(), 0
+        with source.open(name) as reader, (target / name).open("xb") as writer:
+            before = os.fstat(reader.fileno())
+            if before.st_size > limit:
+                raise beyond_limit(f"{name} is larger than the {limit} bytes that this worker takes")
+            while num_read := os.readv(reader.fileno(), [buffer]):
+                copied += num_read
+                if copied > limit:
+                    raise beyond_limit(f"{name} is larger than the {limit} bytes that this worker takes")
+                digest.update(buffer[:num_read])
+                write_all(writer.fileno(), buffer[:num_read])
+            after = os.fstat(reader.fileno())
+        if (copied, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise invalid(f"{name} changed while it was read; load it again")
+        left -= copied
+        digests[name] = digest.digest()
+    return _whole(digests)
+
+
+def write_all(file: int, data: memoryview) -> None:
+    """Writes bytes to an open file."""
+    while data:
+        data = data[os.write(file, data) :]
+
+
+def _remove_gently(directory: Path) -> None:
+    """Removes a copy bit by bit: 168 MB at once hold a step on two cores up for 6 ms (p90: 11), so 1."""
+    with suppress(OSError):
+        for path in directory.iterdir():
+            for size in range(path.stat().st_size, REMOVED_AT_ONCE_BYTES, -REMOVED_AT_ONCE_BYTES):
+                os.truncate(path, size)
+                time.sleep(0.001)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def wanted_files(names: list[str]) -> list[str]:
@@ -143,9 +189,16 @@ def wanted_files(names: list[str]) -> list[str]:
 
 def _digest(directory: Path) -> str:
     """SHA-256 over the names and contents of a directory's files."""
-    whole = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.is_file():
+    digests = {}
+    for path in directory.iterdir():
+        if path.is_file() and path.name not in DERIVED:
             with path.open("rb") as file:
-                whole.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+                digests[path.name] = hashlib.file_digest(file, "sha256").digest()
+    return _whole(digests)
+
+
+def _whole(digests: dict[str, bytes]) -> str:
+    whole = hashlib.sha256()
+    for name, digest in sorted(digests.items()):
+        whole.update(name.encode() + b"\0" + digest)
     return whole.hexdigest()

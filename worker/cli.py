@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     # else wants a core (a step's linears, 2 threads, 2 busy cores: 310 to 1930 ms; 1000 turns and then sleep: 81).
     # Sleeping at once (OMP_WAIT_POLICY=PASSIVE) costs a fifth on a quiet machine. Read when torch loads OpenMP.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # An adapter's 84 MB in pages of 4 KB take 25 ms to come and 5 to go, which every other thread waits for; in huge
+    # pages 8 and 0.4 (bench_loads: a load 246 to 176). Read by torch.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from worker.boot import BootError, Worker  # torch takes seconds; a wrong option is told before
 
     try:

@@ -9,7 +9,8 @@ import torch
 
 from tests.demo.styles import STYLES, Answer, capital_answers, open_answers
 from tests.demo.train_adapters import RECIPES
-from worker.adapter_loader import AdapterLimits, AdapterLoader
+from worker.adapter_loader import AdapterLoader
+from worker.adapter_packer import AdapterLimits
 from worker.chunk_layout import ChunkLayout
 from worker.model_source import DEFAULT_MODEL, ModelNotFound, resolve_model
 

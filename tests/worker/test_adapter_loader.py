@@ -1,11 +1,20 @@
 """The loader at the door: sound adapters in every form come in, everything else is refused with its reason."""
 
+import array
+import errno
+import fcntl
 import json
+import os
+import signal
 import struct
+import termios
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -16,7 +25,8 @@ from safetensors.torch import save_file
 from protocol.errors import ErrorCode
 from tests.worker.adapter_files import LAYOUT, TinyModel, config, delta, tensors, write_adapter
 from worker.adapter_config import AdapterError
-from worker.adapter_loader import AdapterLimits, AdapterLoader
+from worker.adapter_loader import AdapterLoader
+from worker.adapter_packer import AdapterLimits, AdapterPacker
 from worker.adapter_weights import PackedAdapter
 
 WEIGHTS = "adapter_model.safetensors"
@@ -245,10 +255,143 @@ def test_malformed_safetensors_are_refused(header: str, size: int | None, data: 
 def test_a_source_that_changes_after_the_load_changes_nothing(loader: AdapterLoader, tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "a")
     packed = loader.load(str(source), trusted=True)
+    digest, chunks, scales = packed.digest, packed.chunks.clone(), packed.scales.clone()
+    del packed  # nothing is in memory any more: it is read again
     cut(source, 20)
-    again = loader.reload(packed.digest)
-    assert torch.equal(again.chunks, packed.chunks) and again.digest == packed.digest
+    again = loader.reload(digest)
+    assert torch.equal(again.chunks, chunks) and torch.equal(again.scales, scales) and again.digest == digest
+    del again
     for path in source.iterdir():
         path.unlink()
-    assert torch.equal(loader.reload(packed.digest).chunks, packed.chunks)
-    assert LAYOUT.chunk_size == packed.chunks.shape[1]
+    assert torch.equal(loader.reload(digest).chunks, chunks)
+    assert LAYOUT.chunk_size == chunks.shape[1]
+
+
+# ---------------------------------------------------------------------------------------------- packed, and kept packed
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+@pytest.mark.parametrize("name", ["packed.bin", "packed.json"])
+@pytest.mark.parametrize("damage", [lose, flip, cut_off])
+def test_a_damaged_packed_file_is_made_again(
+    damage: Callable[[Path], None], name: str, loader: AdapterLoader, tmp_path: Path
+) -> None:
+    packed = loader.load(str(write_adapter(tmp_path / "a")), trusted=True)
+    digest, chunks, scales, stored_bytes = packed.digest, packed.chunks.clone(), packed.scales, packed.stored_bytes
+    del packed
+    damage(tmp_path / "store" / digest / name)
+    again = loader.reload(digest)
+    assert torch.equal(again.chunks, chunks) and torch.equal(again.scales, scales)
+    assert again.stored_bytes == stored_bytes
+
+
+def test_a_copy_damaged_and_not_packed_is_not_served(loader: AdapterLoader, tmp_path: Path) -> None:
+    digest = loader.load(str(write_adapter(tmp_path / "a")), trusted=True).digest
+    for name in (WEIGHTS, "packed.bin"):
+        flip(tmp_path / "store" / digest / name)
+    with pytest.raises(AdapterError, match="damaged"):
+        loader.reload(digest)
+
+
+def test_the_same_content_is_packed_once_and_in_memory_once(
+    loader: AdapterLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tensors()
+    first = loader.load(str(write_adapter(tmp_path / "a", weights=weights)), trusted=True)
+    with monkeypatch.context() as patch:
+        patch.delattr(AdapterPacker, "pack")
+        assert loader.load(str(write_adapter(tmp_path / "b", weights=weights)), trusted=True) is first
+        digest, chunks = first.digest, first.chunks.clone()
+        del first
+        assert torch.equal(loader.load(str(tmp_path / "b"), trusted=True).chunks, chunks)
+    for _ in range(3):
+        loader.release(digest)
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_a_disk_that_is_full_before_all_is_packed_leaves_nothing_behind(
+    loader: AdapterLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, real, sizes = write_adapter(tmp_path / "a"), os.write, []
+
+    def fill(handle: int, data: memoryview) -> int:
+        sizes.append(len(data))
+        if len(sizes) > 2:  # config and tensors are copied; the chunks come next
+            raise OSError(errno.ENOSPC, "full")
+        return real(handle, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", fill)
+        assert "store is full" in refusal(loader, source, ErrorCode.STORE_FULL)
+    assert len(sizes) == 3 and list((tmp_path / "store").iterdir()) == []
+    assert loader.load(str(source), trusted=True).rank == 4
+
+
+# ------------------------------------------------------------------------------------------------ packed by a process
+
+
+@pytest.fixture
+def apart(loader: AdapterLoader) -> Iterator[AdapterLoader]:
+    loader.work_apart(start=True)
+    yield loader
+    loader.close()
+
+
+def test_a_process_packs_the_same_and_refuses_the_same(apart: AdapterLoader, tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "a", config(r=20), tensors(20))
+    here = AdapterLoader(TinyModel(), torch.float32, AdapterLimits(max_chunks=4), tmp_path / "other")
+    expected, packed = here.load(str(source), trusted=True), apart.load(str(source), trusted=True)
+    assert torch.equal(packed.chunks, expected.chunks) and torch.equal(packed.scales, expected.scales)
+    assert (packed.digest, packed.rank, packed.modules) == (expected.digest, expected.rank, expected.modules)
+    keys, weights, reason = CONTENT_FAULTS["NaN"]
+    assert reason in refusal(apart, write_adapter(tmp_path / "b", keys, weights))
+    assert "rank 65 is above" in refusal(
+        apart, write_adapter(tmp_path / "c", config(r=65), tensors(65)), ErrorCode.ADAPTER_LIMIT
+    )
+    apart.release(packed.digest)
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_a_process_that_dies_fails_one_load(apart: AdapterLoader, tmp_path: Path) -> None:
+    source = str(write_adapter(tmp_path / "a"))
+    first = packers()
+    os.kill(first[0], signal.SIGSTOP)  # so that it is killed in the middle of the load
+    with open(f"/proc/{first[0]}/fd/0", "rb") as orders, ThreadPoolExecutor(1) as executor:
+        unread = num_unread(orders)
+        load = executor.submit(apart.load, source, trusted=True)
+        while num_unread(orders) == unread:
+            time.sleep(0.01)
+        os.kill(first[0], signal.SIGKILL)
+        orders.close()
+        with pytest.raises(RuntimeError, match="ended"):
+            load.result()
+    assert apart.load(source, trusted=True).rank == 4
+    assert len(first) == len(packers()) == 1 and first != packers()
+
+
+def num_unread(pipe: BinaryIO) -> int:
+    return int(array.array("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0])
+
+
+def packers() -> list[int]:
+    """The ids of this process's children that pack adapters."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and b"worker.packer_process" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return found

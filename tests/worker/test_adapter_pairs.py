@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import write_tiny_model
 from tests.worker.driver import Driver, outputs
-from worker.adapter_loader import AdapterLimits, AdapterLoader
+from worker.adapter_loader import AdapterLoader
+from worker.adapter_packer import AdapterLimits
 from worker.chunk_layout import MODULES
 
 PROMPT = [1, 17, 200, 33, 5]

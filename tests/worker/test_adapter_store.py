@@ -40,11 +40,11 @@ def test_the_store_is_private(store: AdapterStore, source: SourceDirectory) -> N
 def test_a_full_disk_leaves_nothing_behind(
     number: int, store: AdapterStore, source: SourceDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(handle: int) -> None:
+    def full(handle: int, data: memoryview) -> int:
         raise OSError(number, "full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "write", full)
         with pytest.raises(AdapterError, match="store is full") as refused:
             store.put(source, MAX_BYTES)
     assert refused.value.error.code is ErrorCode.STORE_FULL
@@ -81,15 +81,19 @@ def test_a_damaged_copy_is_noticed_and_replaced(store: AdapterStore, source: Sou
 def test_a_file_that_changes_under_the_reader_is_refused(
     store: AdapterStore, source: SourceDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, weights = os.fsync, source.path / "adapter_model.safetensors"
+    real, weights = os.write, source.path / "adapter_model.safetensors"
+    times = weights.stat().st_mtime_ns
 
-    def meddle(handle: int) -> None:
-        weights.write_bytes(b"something else")
-        real(handle)
+    def meddle(handle: int, data: memoryview) -> int:
+        nonlocal times
+        times += 1
+        os.utime(weights, ns=(times, times))
+        return real(handle, data)
 
-    monkeypatch.setattr(os, "fsync", meddle)
-    with pytest.raises(AdapterError, match="changed while it was read"):
-        store.put(source, MAX_BYTES)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", meddle)
+        with pytest.raises(AdapterError, match="changed while it was read"):
+            store.put(source, MAX_BYTES)
     assert list(store.directory.iterdir()) == []
 
 

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from protocol.errors import ErrorCode
 from tests.worker.adapter_files import LAYOUT, TinyModel, config, delta
 from worker.adapter_config import AdapterError, parse_config
-from worker.adapter_loader import AdapterLimits, AdapterLoader
+from worker.adapter_loader import AdapterLoader
+from worker.adapter_packer import AdapterLimits
 from worker.adapter_targets import find_targets, module_path
 from worker.chunk_layout import MODULES
 
