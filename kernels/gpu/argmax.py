@@ -9,6 +9,36 @@ from kernels.gpu import launch
 
 
 @triton.jit
+def fold(values, columns, best, where, is_finite):
+    """The best value of each lane so far, its column, and whether all have been below +infinity."""
+    # NaN is unequal to itself; a NaN and +infinity both fail this comparison.
+    is_finite = is_finite & (values < float("inf")).to(tl.int32)
+    is_better = values > best
+    return tl.where(is_better, values, best), tl.where(is_better, columns, where), is_finite
+
+
+@triton.jit
+def best_of_lanes(best, where, is_finite, N: tl.constexpr):
+    """Of a part: its best value and that one's first column; -1: something is not finite."""
+    top = tl.max(best, 0)
+    column = tl.min(tl.where(best == top, where, N), 0)
+    return top, tl.where(tl.min(is_finite, 0) == 1, column, -1)
+
+
+@triton.jit
+def best_of_parts(tops, columns, NUM_PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr, N: tl.constexpr):
+    """Of a row whose parts stand at tops and columns: its best value and token, -1: none."""
+    parts = tl.arange(0, PARTS_PADDED)
+    is_part = parts < NUM_PARTS
+    values = tl.load(tops + parts, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+    columns_of_parts = tl.load(columns + parts, mask=is_part, other=N, cache_modifier=".cg")
+    top = tl.max(values, 0)
+    chosen = tl.min(tl.where(values == top, columns_of_parts, N), 0)
+    failed = tl.min(columns_of_parts, 0) < 0
+    return top, tl.where(failed | (chosen == N), -1, chosen).to(tl.int64)
+
+
+@triton.jit
 def _argmax(
     logits, tokens, best_values, best_columns, semaphores, row_stride, N: tl.constexpr, PART: tl.constexpr,
     BLOCK: tl.constexpr, NUM_PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
@@ -22,26 +52,15 @@ def _argmax(
     for start in tl.range(0, PART, BLOCK):
         columns = part * PART + start + lanes
         values = tl.load(logits + row * row_stride + columns, mask=columns < N, other=float("-inf")).to(tl.float32)
-        # NaN is unequal to itself; a NaN and +infinity both fail this comparison.
-        is_finite = is_finite & (values < float("inf")).to(tl.int32)
-        is_better = values > best
-        best = tl.where(is_better, values, best)
-        where = tl.where(is_better, columns, where)
-    top = tl.max(best, 0)
-    column = tl.min(tl.where(best == top, where, N), 0)
-    column = tl.where(tl.min(is_finite, 0) == 1, column, -1)
+        best, where, is_finite = fold(values, columns, best, where, is_finite)
+    top, column = best_of_lanes(best, where, is_finite, N)
     tl.store(best_values + row * NUM_PARTS + part, top)
     tl.store(best_columns + row * NUM_PARTS + part, column)
     tl.debug_barrier()
     if tl.atomic_add(semaphores + row, 1, sem="acq_rel") == NUM_PARTS - 1:
-        parts = tl.arange(0, PARTS_PADDED)
-        is_part = parts < NUM_PARTS
-        place = row * NUM_PARTS + parts
-        tops = tl.load(best_values + place, mask=is_part, other=float("-inf"), cache_modifier=".cg")
-        columns_of_parts = tl.load(best_columns + place, mask=is_part, other=N, cache_modifier=".cg")
-        chosen = tl.min(tl.where(tops == tl.max(tops, 0), columns_of_parts, N), 0)
-        failed = tl.min(columns_of_parts, 0) < 0
-        tl.store(tokens + row, tl.where(failed | (chosen == N), -1, chosen).to(tl.int64))
+        first = row * NUM_PARTS
+        _, token = best_of_parts(best_values + first, best_columns + first, NUM_PARTS, PARTS_PADDED, N)
+        tl.store(tokens + row, token)
         tl.store(semaphores + row, 0)
 
 

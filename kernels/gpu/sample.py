@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu import launch
+from kernels.gpu.argmax import best_of_lanes, best_of_parts, fold
 
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 _AHEAD = tl.constexpr(4)  # tiles in flight: a program reads its row alone
@@ -22,7 +23,7 @@ def _best_of_rows(
     PART: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, NUM_PARTS: tl.constexpr,
     PARTS_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """As argmax, whose comments hold here; bests float32 [num_rows], block_bests float32 [num_rows, NUM_BLOCKS]."""
+    """As argmax; bests float32 [num_rows], block_bests float32 [num_rows, NUM_BLOCKS]."""
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     is_drawn = tl.load(temperatures + row) > 0
@@ -33,29 +34,18 @@ def _best_of_rows(
     for start in tl.range(0, PART, BLOCK):
         columns = part * PART + start + lanes
         values = tl.load(logits + row * row_stride + columns, mask=columns < N, other=float("-inf")).to(tl.float32)
-        is_finite = is_finite & (values < float("inf")).to(tl.int32)
-        is_better = values > best
-        best = tl.where(is_better, values, best)
-        where = tl.where(is_better, columns, where)
+        best, where, is_finite = fold(values, columns, best, where, is_finite)
         block = (part * PART + start) // BLOCK
         if is_drawn & (block < NUM_BLOCKS):
             tl.store(block_bests + row * NUM_BLOCKS + block, tl.max(values, 0))
-    top = tl.max(best, 0)
-    column = tl.min(tl.where(best == top, where, N), 0)
-    column = tl.where(tl.min(is_finite, 0) == 1, column, -1)
+    top, column = best_of_lanes(best, where, is_finite, N)
     tl.store(part_bests + row * NUM_PARTS + part, top)
     tl.store(part_columns + row * NUM_PARTS + part, column)
     tl.debug_barrier()
     if tl.atomic_add(semaphores + row, 1, sem="acq_rel") == NUM_PARTS - 1:
-        parts = tl.arange(0, PARTS_PADDED)
-        is_part = parts < NUM_PARTS
-        place = row * NUM_PARTS + parts
-        tops = tl.load(part_bests + place, mask=is_part, other=float("-inf"), cache_modifier=".cg")
-        columns_of_parts = tl.load(part_columns + place, mask=is_part, other=N, cache_modifier=".cg")
-        top = tl.max(tops, 0)
-        chosen = tl.min(tl.where(tops == top, columns_of_parts, N), 0)
-        failed = tl.min(columns_of_parts, 0) < 0
-        tl.store(tokens + row, tl.where(failed | (chosen == N), -1, chosen).to(tl.int64))
+        first = row * NUM_PARTS
+        top, token = best_of_parts(part_bests + first, part_columns + first, NUM_PARTS, PARTS_PADDED, N)
+        tl.store(tokens + row, token)
         tl.store(bests + row, top)
         tl.store(semaphores + row, 0)
 

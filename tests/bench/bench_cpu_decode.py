@@ -60,16 +60,16 @@ SMOLLM2_135M = ModelConfig(
 
 
 class RandomWeights:
-    """Tensors of any name and shape."""
+    """Tensors of any name and shape, of one type on one device."""
 
-    dtype = torch.float32
-    device = CPU
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
 
     def __contains__(self, name: str) -> bool:
         return False
 
     def take(self, name: str, *shape: int) -> Tensor:
-        return torch.randn(*shape) * 0.02
+        return torch.empty(*shape, dtype=self.dtype, device=self.device).normal_(0, 0.02)
 
     def merge(self, names_and_rows: list[tuple[str, int]], *row_shape: int) -> Tensor:
         return self.take("", sum(rows for _, rows in names_and_rows), *row_shape)
@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.model:
         model, config = load_model(args.model, torch.float32, CPU)
     else:
-        model, config = Decoder(SMOLLM2_135M, RandomWeights()), SMOLLM2_135M
+        model, config = Decoder(SMOLLM2_135M, RandomWeights(torch.float32, CPU)), SMOLLM2_135M
     metrics = measure(Bench(model, config, args.context, args.rank), args.rounds)
     sys.stdout.write(f"{machine(torch.get_num_threads())}; context {args.context}, rank {args.rank}\n")
     for metric, value in metrics.items():

@@ -5,10 +5,9 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from protocol.sampling import SamplingParams
-from tests.bench.bench_cpu_decode import weights_of
+from tests.bench.bench_cpu_decode import RandomWeights, weights_of
 from worker.adapter_pool import AdapterPool
 from worker.adapter_weights import PackedAdapter
 from worker.chunk_layout import MODULES
@@ -49,22 +48,6 @@ LLAMA_8B = ModelConfig(
 )
 
 
-class RandomWeights:
-    """Tensors of any name and shape, made on the GPU."""
-
-    dtype = DTYPE
-    device = DEVICE
-
-    def __contains__(self, name: str) -> bool:
-        return False
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=DTYPE, device=DEVICE).normal_(0, 0.02)
-
-    def merge(self, names_and_rows: list[tuple[str, int]], *row_shape: int) -> Tensor:
-        return self.take("", sum(rows for _, rows in names_and_rows), *row_shape)
-
-
 @dataclass(frozen=True, slots=True)
 class Captured:
     """A runner with its graphs, and the seconds that they took."""
@@ -79,7 +62,7 @@ class GpuModel:
 
     def __init__(self, rank: int, num_blocks: int) -> None:
         config = LLAMA_8B
-        self.decoder = Decoder(config, RandomWeights(), triton_ops())
+        self.decoder = Decoder(config, RandomWeights(DTYPE, DEVICE), triton_ops())
         sizes = (config.num_layers, config.num_kv_heads, config.head_dim)
         self.cache = KVCache(num_blocks, BLOCK_SIZE, *sizes, DTYPE, DEVICE)
         self.cache.data.normal_()

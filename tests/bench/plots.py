@@ -81,31 +81,35 @@ def throughput(rows: list[Row], peers: list[Row], machine: str | None) -> str | 
 
 
 def overhead(rows: list[Row], machine: str | None) -> str | None:
-    pattern = r"gpu_step context=512 rank=16 rows=(\d+) adapters=(\d+)"
-    found = newest(rows, pattern, "lora_overhead_percent", machine)
+    """Of decode steps: a line for each number of rows."""
+    found = newest(rows, r"gpu_step context=512 rank=16 rows=(\d+) adapters=(\d+)", "lora_overhead_percent", machine)
     if found is None:
         return None
-    series = [
-        Series(f"{num_rows} rows", {adapters: v for (of, adapters), v in found.values.items() if of == num_rows})
-        for num_rows in sorted({num_rows for num_rows, _ in found.values}, key=int)
-    ]
-    places = places_of(*(each.values for each in series))
-    panel = Panel("decode step, rank 16, all modules", "adapters in the batch", places, series)
-    return chart([panel], "% over the base", found.note)
+    title, axis = "decode step, rank 16, all modules", "adapters in the batch"
+    return over_base(found.values, found.note, title, axis, "rows", is_bars=False)
 
 
 def prefill(rows: list[Row], machine: str | None) -> str | None:
-    pattern = r"gpu_prefill rank=16 tokens=(\d+) adapters=(\d+)"
-    found = newest(rows, pattern, "lora_overhead_percent", machine)
+    """Of prompts: bars for each number of adapters."""
+    found = newest(rows, r"gpu_prefill rank=16 tokens=(\d+) adapters=(\d+)", "lora_overhead_percent", machine)
     if found is None:
         return None
+    values = {(adapters, tokens): value for (tokens, adapters), value in found.values.items()}
+    return over_base(
+        values, found.note, "prompts, rank 16, all modules", "tokens of the step", "adapters", is_bars=True
+    )
+
+
+def over_base(
+    values: dict[tuple[str, ...], float], note: str, title: str, axis: str, unit: str, *, is_bars: bool
+) -> str:
+    """LoRA's overhead: a series for each first key, called by it and unit, over the second keys."""
     series = [
-        Series(f"{adapters} adapters", {tokens: v for (tokens, of), v in found.values.items() if of == adapters})
-        for adapters in sorted({adapters for _, adapters in found.values}, key=int)
+        Series(f"{first} {unit}", {second: value for (of, second), value in values.items() if of == first})
+        for first in sorted({first for first, _ in values}, key=int)
     ]
-    places = places_of(*(each.values for each in series))
-    panel = Panel("prompts, rank 16, all modules", "tokens of the step", places, series, is_bars=True)
-    return chart([panel], "% over the base", found.note)
+    panel = Panel(title, axis, places_of(*(each.values for each in series)), series, is_bars=is_bars)
+    return chart([panel], "% over the base", note)
 
 
 def inter_token(rows: list[Row], machine: str | None) -> str | None:
