@@ -6,10 +6,12 @@ and always is in the private store, from which it comes back by digest. Nothing 
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from protocol.errors import Error, ErrorCode
 from protocol.messages import AdapterInfo, AdapterMemory, AdapterState, AdapterUsage
+from worker.arena import Arena
 
 MAX_ADAPTERS = 16_384  # names and draining generations together
 
@@ -33,8 +35,9 @@ class Adapter:
     unloaded: bool = False  # taken away on purpose: nothing new may start on it, unlike on a replaced one
     num_sequences: int = 0  # unfinished sequences bound to it
     num_running: int = 0  # those of them whose steps need it on the device
-    chunk_ids: tuple[int, ...] = ()  # empty: not on the device
+    chunk_ids: tuple[int, ...] = ()  # its pages of the arena; empty: not on the device
     arriving: bool = False  # its copy to chunk_ids is not done
+    used_at: int = 0  # the arena's tick at which it came to the device or a sequence last ran with it
     in_host: bool = False
     num_requests: int = 0  # sequences ever bound to it
     num_hits: int = 0
@@ -44,7 +47,7 @@ class Adapter:
 
     @property
     def idle(self) -> bool:
-        """Whether its chunks may go to another adapter."""
+        """Whether its chunks may go to another adapter, or to KV."""
         return bool(self.chunk_ids) and not self.num_running and not self.pinned and not self.arriving
 
     def info(self) -> AdapterInfo:
@@ -79,15 +82,25 @@ class Adapter:
 class AdapterCache:
     """Names, generations, references, chunk ids and host places."""
 
-    def __init__(self, *, num_chunks: int, max_per_batch: int, max_loaded: int, policy: str = "lru") -> None:
-        """num_chunks: of the device pool. max_loaded: adapters in host memory. policy: lru or fifo, on the device."""
-        self._num_chunks = num_chunks
+    def __init__(
+        self, *, num_chunks: int, max_per_batch: int, max_loaded: int, policy: str = "lru", arena: Arena | None = None
+    ) -> None:
+        """num_chunks: the most on the device. max_loaded: adapters in host memory. policy: lru or fifo, on the device.
+
+        arena: shared with KV; by default adapters are alone in one.
+        """
+        self.max_chunks = num_chunks
+        self.num_idle_chunks = 0
+        self.on_evict: Callable[[Adapter], None] = lambda adapter: None  # told of each that had to leave the device
+        self._arena = arena or Arena(num_chunks)
+        self._arena.adapters = self
         self._max_per_batch = max_per_batch
         self._max_loaded = max_loaded
         self._policy = policy
         self._names: dict[str, int] = {}
         self._adapters: dict[int, Adapter] = {}
-        self._free_chunks = list(range(num_chunks))
+        self._num_chunks = 0  # on the device
+        self._idle: dict[int, int] = {}  # generations that are idle, and their chunks
         self._device: OrderedDict[int, None] = OrderedDict()  # generations on the device, the first to go first
         self._host: OrderedDict[int, None] = OrderedDict()  # generations in host memory, least recently used first
         self._last_generation = 0
@@ -122,8 +135,8 @@ class AdapterCache:
         in_host = [adapter for adapter in adapters if adapter.in_host]
         return AdapterMemory(
             chunk_bytes=chunk_bytes,
-            chunks_total=self._num_chunks,
-            chunks_free=len(self._free_chunks),
+            chunks_total=self.max_chunks,
+            chunks_free=self.max_chunks - self._num_chunks,
             host_adapters=len(in_host),
             host_adapters_max=self._max_loaded,
             host_bytes=sum(adapter.num_bytes for adapter in in_host),
@@ -148,10 +161,10 @@ class AdapterCache:
             )
         num_pinned = sum(a.num_chunks for a in others) + pinned * num_chunks
         loose = [a.num_chunks for a in self._adapters.values() if a not in others and a is not repinned]
-        if num_pinned + max(loose if pinned else [*loose, num_chunks], default=0) > self._num_chunks:
+        if num_pinned + max(loose if pinned else [*loose, num_chunks], default=0) > self.max_chunks:
             return _limit(
                 f"adapter '{name}' of rank {rank} does not fit: it takes {num_chunks} chunks, and the device pool of"
-                f" {self._num_chunks} must hold all pinned adapters and the largest other at once",
+                f" {self.max_chunks} must hold all pinned adapters and the largest other at once",
                 "lora_path",
             )
         if repinned is None and len(self._adapters) >= MAX_ADAPTERS:
@@ -219,7 +232,8 @@ class AdapterCache:
         return False
 
     def _drain(self, adapter: Adapter) -> None:
-        adapter.state, adapter.pinned = AdapterState.DRAINING, False
+        adapter.state = AdapterState.DRAINING
+        self.set_pinned(adapter, False)
         if not adapter.num_sequences:
             self._remove(adapter)
 
@@ -233,34 +247,45 @@ class AdapterCache:
 
     def has_room(self, adapter: Adapter) -> bool:
         """Whether `place` would find room."""
-        return self._victims(adapter.num_chunks) is not None
+        num_idle, arena = self.num_idle_chunks, self._arena
+        in_arena = arena.num_free_pages + arena.num_unused_pages + num_idle
+        return adapter.num_chunks <= min(in_arena, self.max_chunks - self._num_chunks + num_idle)
 
-    def _victims(self, num_chunks: int) -> list[Adapter] | None:
-        victims: list[Adapter] = []
-        num_free = len(self._free_chunks)
-        for generation in self._device:
-            if num_free >= num_chunks:
-                break
-            other = self._adapters[generation]
-            if other.idle:
-                victims.append(other)
-                num_free += other.num_chunks
-        return victims if num_free >= num_chunks else None
-
-    def place(self, adapter: Adapter) -> list[Adapter] | None:
-        """Gives an adapter its chunks; returns the idle ones that had to leave for it, or None if there is no room."""
-        victims = self._victims(adapter.num_chunks)
-        if victims is None:
-            return None
-        for victim in victims:
-            self._leave_device(victim)
-        adapter.chunk_ids = tuple(self._free_chunks.pop() for _ in range(adapter.num_chunks))
+    def place(self, adapter: Adapter) -> bool:
+        """Gives an adapter its chunks, for which idle ones and cached KV may have to leave. False: there is no room."""
+        if not self.has_room(adapter):
+            return False
+        adapter.chunk_ids = tuple(self._take_page() for _ in range(adapter.num_chunks))
+        adapter.used_at = self._arena.tick()
         self._device[adapter.generation] = None
-        return victims
+        self._note_idle(adapter)
+        return True
+
+    def _take_page(self) -> int:
+        while True:
+            has_place = self._num_chunks < self.max_chunks
+            page_id = self._arena.take_page() if has_place else None
+            if page_id is not None:
+                self._num_chunks += 1
+                return page_id
+            if has_place:
+                self._arena.reclaim_page()
+            else:
+                self.give_up()
 
     def unplace(self, adapter: Adapter) -> None:
         """Takes the chunks back from an adapter that did not reach the device."""
         self._leave_device(adapter)
+
+    def set_arriving(self, adapter: Adapter, is_arriving: bool) -> None:
+        """The copy to the device has begun, or is done."""
+        adapter.arriving = is_arriving
+        self._note_idle(adapter)
+
+    def set_pinned(self, adapter: Adapter, is_pinned: bool) -> None:
+        """A pinned adapter does not leave the device. `check` comes first."""
+        adapter.pinned = is_pinned
+        self._note_idle(adapter)
 
     def hold(self, adapter: Adapter) -> None:
         """One more running sequence needs the adapter where it is."""
@@ -269,18 +294,50 @@ class AdapterCache:
         adapter.num_hits += not adapter.missed
         adapter.num_misses += adapter.missed
         adapter.missed = False
-        if self._policy == "lru":
-            self._device.move_to_end(adapter.generation)
+        self._note_idle(adapter)
 
     def unhold(self, adapter: Adapter) -> None:
         """One less."""
         adapter.num_running -= 1
+        adapter.used_at = self._arena.tick()
+        if self._policy == "lru":
+            self._device.move_to_end(adapter.generation)
+        self._note_idle(adapter)
 
     def _leave_device(self, adapter: Adapter) -> None:
-        self._free_chunks.extend(adapter.chunk_ids)
+        for page_id in adapter.chunk_ids:
+            self._arena.free_page(page_id)
+        self._num_chunks -= len(adapter.chunk_ids)
         adapter.chunk_ids = ()
         adapter.arriving = False
         self._device.pop(adapter.generation, None)
+        self._note_idle(adapter)
+
+    def _note_idle(self, adapter: Adapter) -> None:
+        """Keeps count; to be called when anything has changed that `idle` depends on."""
+        self.num_idle_chunks -= self._idle.pop(adapter.generation, 0)
+        if adapter.idle:
+            self._idle[adapter.generation] = adapter.num_chunks
+            self.num_idle_chunks += adapter.num_chunks
+
+    # ------------------------------------------------------------------------------------------- for the arena
+
+    def _first_to_go(self) -> Adapter | None:
+        generation = next((generation for generation in self._device if generation in self._idle), None)
+        return None if generation is None else self._adapters[generation]
+
+    @property
+    def idle_since(self) -> int | None:
+        """See arena.Idle."""
+        adapter = self._first_to_go()
+        return None if adapter is None else adapter.used_at
+
+    def give_up(self) -> None:
+        """See arena.Idle."""
+        adapter = self._first_to_go()
+        assert adapter is not None
+        self._leave_device(adapter)
+        self.on_evict(adapter)
 
     # ---------------------------------------------------------------------------------------------------- host
 
@@ -315,7 +372,10 @@ class AdapterCache:
     def check_integrity(self) -> None:
         """Asserts that the books agree with each other."""
         used = [chunk_id for adapter in self._adapters.values() for chunk_id in adapter.chunk_ids]
-        assert sorted(used + self._free_chunks) == list(range(self._num_chunks))
+        self._arena.check_integrity(used)
+        assert self._num_chunks == len(used) <= self.max_chunks
+        assert self._idle == {a.generation: a.num_chunks for a in self._adapters.values() if a.idle}
+        assert self.num_idle_chunks == sum(self._idle.values())
         assert set(self._device) == {a.generation for a in self._adapters.values() if a.chunk_ids}
         assert set(self._host) == {a.generation for a in self._adapters.values() if a.in_host}
         assert len(self._host) <= self._max_loaded

@@ -22,6 +22,7 @@ from protocol.messages import (
 from worker.adapter_cache import Adapter, AdapterCache
 from worker.adapter_listing import AdapterListing
 from worker.adapter_loads import BROKEN, MAX_LOADS, Load, Loads, Waiter, as_error, conflict, not_loaded
+from worker.adapter_uploads import AdapterUploads
 from worker.background import Background
 from worker.mailbox import Outbox, Owner
 from worker.scheduler import Admission
@@ -69,8 +70,7 @@ class AdapterService:
         """
         self.cache = cache
         self.num_loads = 0
-        self.num_uploads = 0
-        self._pool = pool
+        self._uploads = AdapterUploads(cache, pool)
         self._loader = loader
         self._outbox = outbox
         self._background = loads
@@ -80,13 +80,17 @@ class AdapterService:
         self._resolves = resolves
         self._clock = clock
         self._host: dict[int, PackedAdapter] = {}
-        self._uploaded: set[int] = set()
         self._loads = Loads()
         self.listing = AdapterListing(cache, self._loads, chunk_bytes)
         self._revoked: set[str] = set()  # unloaded on purpose: no request brings them back
         self._reloading: set[int] = set()
         self._unloads: dict[int, list[Waiter]] = {}  # by generation
         self._failures: list[Failure] = []
+
+    @property
+    def num_uploads(self) -> int:
+        """Copies to the device so far."""
+        return self._uploads.num_begun
 
     # ------------------------------------------------------------------------------------------- sequences
 
@@ -119,7 +123,7 @@ class AdapterService:
                 return Admission.LOADING
             if not self._upload(adapter, packed):
                 return Admission.LOADING
-        if self._is_arriving(adapter):
+        if self._uploads.is_arriving(adapter):
             return Admission.LOADING
         self.cache.hold(adapter)
         self.cache.touch(adapter)
@@ -130,6 +134,12 @@ class AdapterService:
         adapter = self.cache.get(generation)
         assert adapter is not None
         self.cache.unhold(adapter)
+
+    def num_chunks_to_take(self, generation: int) -> int:
+        """For the scheduler: see AdapterResidency."""
+        adapter = self.cache.get(generation)
+        assert adapter is not None
+        return adapter.num_chunks if adapter.idle or not adapter.chunk_ids else 0
 
     def names_of(self, generations: set[int]) -> list[str]:
         """The names of some generations, base left out."""
@@ -142,32 +152,11 @@ class AdapterService:
         return failures
 
     def _upload(self, adapter: Adapter, packed: "PackedAdapter") -> bool:
-        victims = self.cache.place(adapter)
-        assert victims is not None
-        for victim in victims:
-            self._remove_from_pool(victim)
-        try:
-            self._pool.upload(adapter.generation, packed, adapter.chunk_ids)
-        except Exception:
-            log.exception("adapter %s could not be copied to the device", adapter.name)
-            self.cache.unplace(adapter)
-            error = Error(ErrorCode.INTERNAL, "the adapter could not be copied to the device")
-            self._failures.append(Failure(adapter.generation, error, waiting_only=True))
-            return False
-        adapter.arriving = True
-        self._uploaded.add(adapter.generation)
-        self.num_uploads += 1
-        return True
-
-    def _is_arriving(self, adapter: Adapter) -> bool:
-        if adapter.arriving and self._pool.is_ready(adapter.generation):
-            adapter.arriving = False
-        return adapter.arriving
-
-    def _remove_from_pool(self, adapter: Adapter) -> None:
-        if adapter.generation in self._uploaded:
-            self._uploaded.discard(adapter.generation)
-            self._pool.remove(adapter.generation)
+        if self._uploads.begin(adapter, packed):
+            return True
+        error = Error(ErrorCode.INTERNAL, "the adapter could not be copied to the device")
+        self._failures.append(Failure(adapter.generation, error, waiting_only=True))
+        return False
 
     # ----------------------------------------------------------------------------------------------- loads
 
@@ -287,7 +276,7 @@ class AdapterService:
             error = self.cache.check(adapter.name, adapter.rank, adapter.num_chunks, True, repinned=adapter)
             if error is not None:
                 return error
-        adapter.pinned = pinned
+        self.cache.set_pinned(adapter, pinned)
         packed = self._host.get(adapter.generation)
         if pinned and packed is not None and not adapter.chunk_ids and self.cache.has_room(adapter):
             self._upload(adapter, packed)
@@ -352,10 +341,7 @@ class AdapterService:
 
     def expire(self) -> None:
         """Takes note of copies that are done, and answers unloads that have waited long enough; their streams go on."""
-        for generation in self._uploaded:
-            adapter = self.cache.get(generation)
-            assert adapter is not None
-            self._is_arriving(adapter)
+        self._uploads.note_arrivals()
         now = self._clock()
         for generation, waiters in list(self._unloads.items()):
             due = [waiter for waiter in waiters if waiter.deadline_s <= now]
@@ -384,7 +370,7 @@ class AdapterService:
     def _forget_removed(self, adapter: Adapter) -> None:
         if adapter.state is AdapterState.REMOVED:
             self._host.pop(adapter.generation, None)
-            self._remove_from_pool(adapter)
+            self._uploads.forget(adapter)
 
     def _reply(self, waiters: list[Waiter], outcome: Adapter | Error | None) -> None:
         error = outcome if isinstance(outcome, Error) else None

@@ -39,6 +39,9 @@ class AdapterResidency(Protocol):
     def release(self, generation: int) -> None:
         """Undoes one granted acquire."""
 
+    def num_chunks_to_take(self, generation: int) -> int:
+        """How many of the free and idle chunks come into use when it is acquired."""
+
 
 class Scheduler:
     """Waiting and running sequences, and the plan of each step."""
@@ -78,8 +81,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> Error | None:
         """Takes a sequence in, or says why it can never run."""
         num_tokens = sequence.num_prompt_tokens + sequence.sampling.max_tokens - 1  # the last token needs no KV
-        if self._blocks.blocks_for(num_tokens) > self._blocks.num_blocks:
-            limit = self._blocks.num_blocks * self._blocks.block_size
+        if self._blocks.blocks_for(num_tokens) > self._blocks.num_sure:
+            limit = self._blocks.num_sure * self._blocks.block_size
             message = f"prompt and max_tokens together need the KV of {num_tokens} tokens; this worker holds {limit}"
             return Error(ErrorCode.INVALID_REQUEST, message, "max_tokens")
         insort(self.waiting, sequence, key=_arrival)
@@ -193,7 +196,7 @@ class Scheduler:
             if admission is Admission.GRANTED:
                 if not self._attach_blocks(sequence, budget):
                     break  # without overtaking here, a long prompt gets its blocks in the end
-                admission = self._acquire(sequence)
+                admission = self._acquire(sequence, budget)
             if admission is Admission.GRANTED:
                 scheduled = self._start(sequence, budget)
                 step[sequence.sequence_id] = scheduled
@@ -214,7 +217,9 @@ class Scheduler:
         assert not sequence.num_pending
         num_cached = self._blocks.attach_prefix(sequence)
         missing = self._blocks.blocks_for(len(sequence.token_ids)) - len(sequence.block_table)
-        if missing + self._promised() <= self._blocks.num_free:
+        is_base = sequence.generation == BASE_GENERATION
+        num_chunks = 0 if is_base else self._adapters.num_chunks_to_take(sequence.generation)
+        if missing + self._promised() <= self._blocks.num_free_beside(num_chunks):
             self._blocks.allocate(sequence, min(budget, sequence.num_uncomputed_tokens))
             if not sequence.num_preemptions:
                 sequence.num_cached_tokens = num_cached
@@ -227,14 +232,20 @@ class Scheduler:
         blocks_for, unfinished = self._blocks.blocks_for, [s for s in self.running if not s.has_last_token]
         return sum(max(0, blocks_for(s.num_tokens + 1) - len(s.block_table)) for s in unfinished)
 
-    def _acquire(self, sequence: Sequence) -> Admission:
+    def _acquire(self, sequence: Sequence, budget: int) -> Admission:
         if sequence.generation == BASE_GENERATION:
             return Admission.GRANTED
         admission = self._adapters.acquire(sequence.generation)
+        if admission is not Admission.GRANTED:
+            self._blocks.free(sequence)
+        if admission is Admission.FULL and not self.running:
+            # Only its own cached blocks, strewn over pages that the adapter needs, can be in the way: see arena.
+            admission = self._adapters.acquire(sequence.generation)
+            if admission is Admission.GRANTED:
+                is_attached = self._attach_blocks(sequence, budget)
+                assert is_attached, "nothing runs, and the adapter has left what is sure to KV"
         if admission is Admission.GRANTED:
             self._in_step[sequence.generation] += 1
-        else:
-            self._blocks.free(sequence)
         return admission
 
     def _start(self, sequence: Sequence, budget: int) -> ScheduledSequence:

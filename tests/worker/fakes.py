@@ -13,6 +13,7 @@ from protocol.sampling import SamplingParams
 from worker.adapter_cache import AdapterCache
 from worker.adapter_config import AdapterError
 from worker.adapter_service import AdapterService
+from worker.arena import Arena
 from worker.block_manager import BlockManager
 from worker.engine import Engine
 from worker.mailbox import Mail, Message, Outbox, Owner
@@ -114,6 +115,7 @@ class FakePool:
         self.broken = False
         self.slow = False  # copies do not arrive
         self.wait_for_steps: Callable[[], None] = lambda: None
+        self.overwrite: Callable[[int], None] = lambda chunk: None  # told of each chunk that is written
 
     def upload(self, generation: int, packed: FakePacked, chunk_ids: tuple[int, ...]) -> None:
         if self.broken:
@@ -124,6 +126,8 @@ class FakePool:
         self.contents[generation] = packed.digest
         self.chunks |= dict.fromkeys(chunk_ids, generation)
         self.memory |= dict.fromkeys(chunk_ids, packed.digest)
+        for chunk in chunk_ids:
+            self.overwrite(chunk)
 
     def is_ready(self, generation: int) -> bool:
         return generation in self.contents and not self.slow
@@ -195,10 +199,13 @@ class FakeStep:
 class FakeRunner:
     """A device with a KV of token ids and adapter contents by block, so that a wrong block shows in the tokens.
 
-    It runs its steps in order; a lazy one not before somebody waits for them.
+    It runs its steps in order; a lazy one not before somebody waits for them. With blocks_per_page KV and chunks are
+    one memory: what is written as one is lost as the other.
     """
 
-    def __init__(self, block_size: int, pool: FakePool, *, lazy: bool = True, eos_odds: int = 0):
+    def __init__(
+        self, block_size: int, pool: FakePool, *, lazy: bool = True, eos_odds: int = 0, blocks_per_page: int = 0
+    ):
         self.kv: dict[tuple[int, int], tuple[int, str]] = {}
         self.block_size = block_size
         self.pool = pool
@@ -210,6 +217,12 @@ class FakeRunner:
         self.choosing: set[int] = set()  # sequences whose token the newest step chooses
         self.last: dict[int, int] = {}  # on the device: the tokens that the last step has chosen
         pool.wait_for_steps = self.run_all
+        self.blocks_per_page = blocks_per_page
+        if blocks_per_page:
+            pool.overwrite = self._lose_kv
+
+    def _lose_kv(self, page: int) -> None:
+        self.kv = {slot: held for slot, held in self.kv.items() if slot[0] // self.blocks_per_page != page}
 
     def launch(self, batch: list[ScheduledSequence]) -> FakeStep:
         if self.on_run:
@@ -235,7 +248,10 @@ class FakeRunner:
             is_whole = len(share.known) == share.end - share.start
             tokens = share.known if is_whole else [*share.known, self.last[share.sequence_id]]
             for position, token in zip(range(share.start, share.end), tokens, strict=True):
-                self.kv[self._slot(share.block_table, position)] = (token, content)
+                slot = self._slot(share.block_table, position)
+                self.kv[slot] = (token, content)
+                if self.blocks_per_page:
+                    self.pool.memory[slot[0] // self.blocks_per_page] = "KV"
             if share.samples:
                 held = [self.kv[self._slot(share.block_table, p)] for p in range(share.end)]
                 assert all(other == content for _, other in held), "KV of another adapter"
@@ -269,14 +285,24 @@ class Harness:
         lazy: bool = True,
         eos_odds: int = 0,
         may_fail: bool = False,
+        num_pages: int = 0,
+        blocks_per_page: int = 1,
     ) -> None:
-        """may_fail: a step that fails is done again by the engine; else it fails the test."""
+        """may_fail: a step that fails is done again by the engine; else it fails the test.
+
+        num_pages: of one arena for KV and adapters, of which they take at most num_blocks and num_chunks; 0: two.
+        """
+        self.arena = Arena(num_pages, blocks_per_page) if num_pages else None
         self.now = 100.0
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.outbox = Outbox()
         self.loader, self.pool = FakeLoader(), FakePool()
         self.cache = AdapterCache(
-            num_chunks=num_chunks, max_per_batch=max_loras_per_batch, max_loaded=max_loaded, policy=policy
+            num_chunks=num_chunks,
+            max_per_batch=max_loras_per_batch,
+            max_loaded=max_loaded,
+            policy=policy,
+            arena=self.arena,
         )
         jobs = InlineJobs(self.inbox)
         self.jobs = jobs
@@ -293,7 +319,7 @@ class Harness:
             chunk_bytes=64,
             clock=lambda: self.now,
         )
-        self.blocks = BlockManager(num_blocks, block_size, hash_block)
+        self.blocks = BlockManager(num_blocks, block_size, hash_block, self.arena)
         self.scheduler = Scheduler(
             self.blocks,
             self.adapters,
@@ -303,7 +329,8 @@ class Harness:
             max_overtake_s=max_overtake_s,
             clock=lambda: self.now,
         )
-        self.runner = FakeRunner(block_size, self.pool, lazy=lazy, eos_odds=eos_odds)
+        of_pages = blocks_per_page if num_pages else 0
+        self.runner = FakeRunner(block_size, self.pool, lazy=lazy, eos_odds=eos_odds, blocks_per_page=of_pages)
         self.mail: Mail = []
         self.engine = Engine(
             MODEL,
@@ -350,7 +377,11 @@ class Harness:
             self.check()
         else:
             raise AssertionError("sequences are left that never finish")
-        assert self.blocks.num_free == self.blocks.num_blocks
+        pinned = sum(a.num_chunks for a in self.cache.adapters() if a.pinned and a.chunk_ids)
+        in_arena = (
+            (self.arena.num_pages - pinned) * self.arena.blocks_per_page if self.arena else self.blocks.num_blocks
+        )
+        assert self.blocks.num_free == min(self.blocks.num_blocks, in_arena)
 
     def check(self) -> None:
         self.scheduler.check_integrity()
