@@ -1,4 +1,4 @@
-"""The adapter pool: the chunks of all resident adapters in one tensor on the device."""
+"""The adapter pool: the chunks of all resident adapters, in pages of the arena on the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from worker.adapter_weights import PackedAdapter
 from worker.chunk_layout import MODULES, ChunkLayout
+from worker.copy_stream import CopyStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +22,27 @@ class ResidentAdapter:
 class AdapterPool:
     """Chunks on the device, by adapter generation. Which chunks are free is the adapter cache's business."""
 
-    def __init__(self, layout: ChunkLayout, num_chunks: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: ChunkLayout,
+        num_chunks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory: Tensor | None = None,
+        copies: CopyStream | None = None,
+    ) -> None:
+        """memory: the arena's, flat; a chunk takes the beginning of one of num_chunks equal pages. By default the
+        chunks get their own. copies: on a GPU one is made if it is not given.
+        """
         self.layout = layout
-        self.chunks = torch.zeros(num_chunks, layout.chunk_size, dtype=dtype, device=device)
+        if memory is None:
+            memory = torch.empty(num_chunks * layout.chunk_size, dtype=dtype, device=device)
+        page_size = memory.numel() // max(1, num_chunks)
+        assert page_size >= layout.chunk_size or not num_chunks
+        self.chunks = memory.view(num_chunks, page_size)[:, : layout.chunk_size]
         # float32 [num_chunks, num_layers, len(MODULES)]: an adapter's scales, at its first chunk's place
         self.scales = torch.zeros(num_chunks, layout.num_layers, len(MODULES), device=device)
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # Behind whatever may still write or read what is free by now: first the zeros, then steps of removed adapters.
-        self._freed = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        self._copies = CopyStream(device) if copies is None and device.type == "cuda" else copies
         self._arriving: dict[int, torch.cuda.Event] = {}  # by generation: recorded behind its copy
         self._residents: dict[int, ResidentAdapter] = {}
         self._owners: dict[int, int] = {}  # chunk id → generation
@@ -36,22 +50,30 @@ class AdapterPool:
     def upload(self, generation: int, packed: PackedAdapter, chunk_ids: Sequence[int]) -> None:
         """Copy an adapter into the given free chunks, which become its own until remove.
 
-        On a GPU the copy only begins here, and steps go on beside it if the adapter's memory is pinned; no step may
-        use the adapter before is_ready.
+        On a GPU the copy only begins here, behind the steps that are launched, which may still use the memory as
+        another's. Later ones go on beside it if the adapter's memory is pinned; none may use it before is_ready.
         """
         assert generation not in self._residents
         assert len(chunk_ids) == len(packed.chunks) == len(set(chunk_ids))
         assert not self._owners.keys() & set(chunk_ids), "a chunk belongs to another adapter"
-        if self._copies is not None and self._freed is not None:
-            self._copies.wait_event(self._freed)  # not for the steps launched since, which know nothing of the chunks
-        with torch.cuda.stream(self._copies):  # None: no stream
-            for chunk_id, chunk in zip(chunk_ids, packed.chunks, strict=True):
-                self.chunks[chunk_id].copy_(chunk, non_blocking=True)
-            scales = self.scales[chunk_ids[0]].copy_(packed.scales, non_blocking=True)
-        if self._copies is not None:
-            self._arriving[generation] = self._copies.record_event()
+        if self._copies is None:
+            scales = self._copy(packed, chunk_ids)
+        else:
+            self._copies.wait_for_steps()
+            try:
+                with self._copies.copying():
+                    scales = self._copy(packed, chunk_ids)
+            except BaseException:
+                self._copies.hold_steps(self._copies.record())  # the chunks become KV perhaps, and part is on its way
+                raise
+            self._arriving[generation] = self._copies.record()
         self._owners.update(dict.fromkeys(chunk_ids, generation))
         self._residents[generation] = ResidentAdapter(tuple(chunk_ids), scales)
+
+    def _copy(self, packed: PackedAdapter, chunk_ids: Sequence[int]) -> Tensor:
+        for chunk_id, chunk in zip(chunk_ids, packed.chunks, strict=True):
+            self.chunks[chunk_id].copy_(chunk, non_blocking=True)
+        return self.scales[chunk_ids[0]].copy_(packed.scales, non_blocking=True)
 
     def is_ready(self, generation: int) -> bool:
         """Whether an uploaded adapter's copy is done. Never waits."""
@@ -61,10 +83,10 @@ class AdapterPool:
         return generation not in self._arriving
 
     def remove(self, generation: int) -> None:
-        """Forget an adapter; its chunks may be given to another, whose copy comes behind this one's and its steps."""
-        self._arriving.pop(generation, None)
-        if self._copies is not None:
-            self._freed = torch.cuda.current_stream().record_event()
+        """Forget an adapter; its chunks may become another's, or KV: steps launched later wait for its copy."""
+        event = self._arriving.pop(generation, None)
+        if event is not None and self._copies is not None:
+            self._copies.hold_steps(event)
         for chunk_id in self._residents.pop(generation).chunk_ids:
             del self._owners[chunk_id]
 

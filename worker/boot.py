@@ -13,13 +13,13 @@ from protocol.messages import ModelCard
 from worker.adapter_cache import AdapterCache
 from worker.adapter_loader import AdapterLoader
 from worker.adapter_packer import AdapterLimits
-from worker.adapter_pool import AdapterPool
 from worker.adapter_service import AdapterService
 from worker.background import Background
 from worker.block_manager import BlockManager
 from worker.chunk_layout import ChunkLayout
 from worker.config import ConfigError, WorkerConfig
 from worker.device import Target, find_target
+from worker.device_memory import DeviceMemory
 from worker.engine import Engine
 from worker.grammar import GrammarCompiler
 from worker.grammar_service import GrammarService
@@ -81,9 +81,9 @@ class Worker:
             raise BootError(str(error)) from None
         self._inbox: Inbox = queue.SimpleQueue()
         outbox = Outbox()
-        pool = AdapterPool(base.config.chunk_layout(), base.plan.num_chunks, base.target.dtype, base.target.device)
+        memory = DeviceMemory.of(base.plan, base.config, base.target)
         self._loader = _make_loader(config, base, self._store.directory)
-        adapters = _make_adapters(config, base, pool, self._loader, self._inbox, outbox)
+        adapters = _make_adapters(config, base, memory, self._loader, self._inbox, outbox)
         self._server = Server(
             config.listen_on,
             os.urandom(16),
@@ -94,7 +94,7 @@ class Worker:
         )
         start_up.done("model")
         try:
-            self._engine = _make_engine(config, base, pool, adapters, self._inbox, outbox, self._server, start_up)
+            self._engine = _make_engine(config, base, memory, adapters, self._inbox, outbox, self._server, start_up)
             _load_adapters(config, adapters)
             self._loader.work_apart(start=config.lora_enabled and base.target.device.type == "cuda")
             start_up.done("adapters")
@@ -153,7 +153,7 @@ def _load_base(config: WorkerConfig) -> Base:
 
 
 def _plan(config: WorkerConfig, model: ModelConfig, target: Target) -> MemoryPlan:
-    """The sizes of KV cache and adapter pool, said in the log as the operator thinks of them."""
+    """The sizes of the arena, said in the log as the operator thinks of them."""
     available, block_size, dtype = target.available_bytes(), target.block_size, target.dtype
     block_bytes = KVCache.block_bytes(block_size, model.num_layers, model.num_kv_heads, model.head_dim, dtype)
     chunk_bytes = model.chunk_layout().chunk_size * dtype.itemsize
@@ -168,15 +168,23 @@ def _plan(config: WorkerConfig, model: ModelConfig, target: Target) -> MemoryPla
         max_running_requests=target.max_running_requests,
         takes_all=target.device.type == "cuda",
     )
+    page_bytes = plan.blocks_per_page * block_bytes
     log.info(
-        "KV cache: %d tokens in %d blocks, %d MiB; adapter pool: %d chunks of rank 16, %d MiB; %d MiB were free",
-        plan.num_blocks * block_size,
-        plan.num_blocks,
-        plan.num_blocks * block_bytes // MIB,
-        plan.num_chunks,
-        plan.num_chunks * chunk_bytes // MIB,
+        "arena: %d MiB in %d pages, %d MiB were free; room for %d tokens of KV (%d blocks) or %d adapters of rank 16",
+        plan.num_pages * page_bytes // MIB,
+        plan.num_pages,
         available // MIB,
+        plan.max_blocks * block_size,
+        plan.max_blocks,
+        plan.max_chunks,
     )
+    if plan.max_chunks:
+        log.info(
+            "a page of %.1f MiB is %d tokens of KV or a chunk of rank 16, of which it leaves %.1f %% empty",
+            page_bytes / MIB,
+            plan.blocks_per_page * block_size,
+            100 - 100 * chunk_bytes / page_bytes,
+        )
     log.info("longest context: %d tokens, the model's own is %d", plan.max_model_len, model.max_position_embeddings)
     return plan
 
@@ -202,16 +210,17 @@ def _make_loader(config: WorkerConfig, base: Base, store_dir: Path) -> AdapterLo
 
 
 def _make_adapters(
-    config: WorkerConfig, base: Base, pool: AdapterPool, loader: AdapterLoader, inbox: Inbox, outbox: Outbox
+    config: WorkerConfig, base: Base, memory: DeviceMemory, loader: AdapterLoader, inbox: Inbox, outbox: Outbox
 ) -> AdapterService:
     return AdapterService(
         AdapterCache(
-            num_chunks=base.plan.num_chunks,
+            num_chunks=base.plan.max_chunks,
             max_per_batch=config.max_loras_per_batch,
             max_loaded=config.loaded_loras,
             policy=config.lora_eviction_policy,
+            arena=memory.arena,
         ),
-        pool,
+        memory.pool,
         loader,
         outbox,
         Background("adapter-load", NUM_LOAD_THREADS, inbox),
@@ -226,14 +235,14 @@ def _make_adapters(
 def _make_engine(
     config: WorkerConfig,
     base: Base,
-    pool: AdapterPool,
+    memory: DeviceMemory,
     adapters: AdapterService,
     inbox: Inbox,
     outbox: Outbox,
     server: Server,
     start_up: StartUp,
 ) -> Engine:
-    blocks = BlockManager(base.plan.num_blocks, base.target.block_size)
+    blocks = BlockManager(base.plan.max_blocks, base.target.block_size, arena=memory.arena)
     scheduler = Scheduler(
         blocks,
         adapters,
@@ -244,7 +253,7 @@ def _make_engine(
     )
     return Engine(
         base.card,
-        _make_runner(config, base, pool if config.lora_enabled else None, start_up),
+        _make_runner(config, base, memory, start_up),
         scheduler,
         blocks,
         adapters,
@@ -265,17 +274,9 @@ def _make_grammars(base: Base, inbox: Inbox) -> GrammarService | None:
     return GrammarService(compiler.compile, Background("grammar", 1, inbox))
 
 
-def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None, start_up: StartUp) -> Runner:
+def _make_runner(config: WorkerConfig, base: Base, memory: DeviceMemory, start_up: StartUp) -> Runner:
     model, target, decoder = base.config, base.target, base.loading.decoder
-    kv_cache = KVCache(
-        base.plan.num_blocks,
-        target.block_size,
-        model.num_layers,
-        model.num_kv_heads,
-        model.head_dim,
-        target.dtype,
-        target.device,
-    )
+    kv_cache, pool = memory.kv_cache, memory.pool if config.lora_enabled else None
     if not target.uses_triton:
         return ModelRunner(decoder, model, kv_cache, pool, max_rows=target.max_running_requests)
     # Imported here, so that a CPU server never loads Triton.
@@ -312,7 +313,7 @@ def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None, sta
 
 def _max_chunks(config: WorkerConfig, base: Base) -> int:
     """Of one adapter. The kernels' buffers are laid out for it, so a large pool alone does not raise it."""
-    most = max(1, base.plan.num_chunks)
+    most = max(1, base.plan.max_chunks)
     if config.max_lora_rank is not None:
         return min(most, ChunkLayout.num_chunks(config.max_lora_rank))
     return min(most, MAX_GPU_CHUNKS) if base.target.uses_triton else most

@@ -1,4 +1,4 @@
-"""How much memory KV cache and adapter pool take: sizes that are asked for, or fit, or a clear refusal."""
+"""How large the arena of KV and adapters is, and what each may take of it: as asked for, or as fits, or a refusal."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +7,8 @@ from worker.chunk_layout import ChunkLayout
 from worker.config import WorkerConfig
 
 TOKENS_A_SEQUENCE = 512  # KV planned for each running sequence, as memory allows
-CHUNKS_AN_ADAPTER = 4  # pool planned for each adapter of a batch, as memory allows: rank 64
-MAX_POOL_SHARE = 0.5  # of the budget, when the pool's size is not asked for
+CHUNKS_AN_ADAPTER = 4  # pages planned for each adapter of a batch, as memory allows: rank 64
+MAX_ADAPTER_SHARE = 0.5  # of the budget, when the number of chunks is not asked for
 MIB = 1 << 20
 
 
@@ -18,10 +18,15 @@ class MemoryShortage(Exception):
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Sizes of the two pools, and the longest context that the KV holds."""
+    """The arena's size, the most of it that KV and adapters take, and the longest context that is sure to find KV.
 
-    num_blocks: int
-    num_chunks: int
+    A page is one chunk, rounded up to whole blocks. Without adapters it is one block.
+    """
+
+    num_pages: int
+    blocks_per_page: int
+    max_blocks: int
+    max_chunks: int
     max_model_len: int
 
 
@@ -45,35 +50,44 @@ def plan_memory(
     wanted_len = config.context_length or max_positions
     if wanted_len > max_positions:
         raise MemoryShortage(f"--context-length {wanted_len} is over the model's {max_positions}")
-    budget = int(available_bytes * mem_fraction)
-    num_chunks = _num_chunks(config, budget // chunk_bytes)
-    num_blocks = config.num_kv_blocks
-    if num_blocks is None:
+    blocks_per_page = -(-chunk_bytes // block_bytes) if config.lora_enabled else 1
+    page_bytes, page_size = blocks_per_page * block_bytes, blocks_per_page * block_size
+    budget = int(available_bytes * mem_fraction) // page_bytes
+    num_chunks = _num_chunks(config, budget)
+    if config.num_kv_blocks is not None:
+        num_kv_pages = -(-config.num_kv_blocks // blocks_per_page)
+    else:
         each = wanted_len if takes_all else TOKENS_A_SEQUENCE
         num_tokens = max(max_running_requests * each, wanted_len)
-        num_blocks = min(-(-num_tokens // block_size), (budget - num_chunks * chunk_bytes) // block_bytes)
-    num_tokens = num_blocks * block_size
-    num_bytes = num_blocks * block_bytes + num_chunks * chunk_bytes
-    if num_bytes > available_bytes:
+        num_kv_pages = max(0, min(-(-num_tokens // page_size), budget - num_chunks))
+    num_pages = num_kv_pages + num_chunks
+    if num_pages * page_bytes > available_bytes:
         raise MemoryShortage(
-            f"--num-kv-blocks and --num-lora-chunks take {num_bytes // MIB} MiB; {available_bytes // MIB} MiB are free"
+            f"--num-kv-blocks and --num-lora-chunks take {num_pages * page_bytes // MIB} MiB;"
+            f" {available_bytes // MIB} MiB are free"
         )
+    max_blocks = config.num_kv_blocks or num_pages * blocks_per_page
+    num_tokens = min(max_blocks, num_kv_pages * blocks_per_page) * block_size
     if num_tokens < 2 or (config.context_length or 0) > num_tokens:
         raise MemoryShortage(
-            f"there is KV for {max(0, num_tokens)} tokens, less than one context of {config.context_length or 2}; raise"
+            f"there is KV for {num_tokens} tokens, less than one context of {config.context_length or 2}; raise"
             " --mem-fraction or --num-kv-blocks, or lower --context-length or --num-lora-chunks"
         )
-    return MemoryPlan(num_blocks, num_chunks, min(wanted_len, num_tokens))
+    max_model_len = min(wanted_len, num_tokens)
+    max_chunks = num_chunks
+    if config.lora_enabled and config.num_lora_chunks is None:  # then all but what one context needs
+        max_chunks = num_pages - -(-max_model_len // page_size)
+    return MemoryPlan(num_pages, blocks_per_page, max_blocks, max_chunks, max_model_len)
 
 
 def _num_chunks(config: WorkerConfig, fitting: int) -> int:
-    """Chunks of the adapter pool. fitting: how many the whole budget holds."""
+    """Pages planned for adapters beside those for KV. fitting: how many the whole budget holds."""
     if not config.lora_enabled:
         return 0
     if config.num_lora_chunks is not None:
         return config.num_lora_chunks
     needed = ChunkLayout.num_chunks(config.max_lora_rank or 1)
-    num_chunks = min(max(config.max_loras_per_batch * CHUNKS_AN_ADAPTER, needed), int(fitting * MAX_POOL_SHARE))
+    num_chunks = min(max(config.max_loras_per_batch * CHUNKS_AN_ADAPTER, needed), int(fitting * MAX_ADAPTER_SHARE))
     if num_chunks < needed:
         raise MemoryShortage(f"memory holds {num_chunks} adapter chunks, and --max-lora-rank needs {needed}")
     return num_chunks

@@ -287,16 +287,21 @@ class Harness:
         may_fail: bool = False,
         num_pages: int = 0,
         blocks_per_page: int = 1,
+        arena: Arena | None = None,
+        pool: object = None,
+        loader: object = None,
     ) -> None:
         """may_fail: a step that fails is done again by the engine; else it fails the test.
 
         num_pages: of one arena for KV and adapters, of which they take at most num_blocks and num_chunks; 0: two.
+        arena, pool, loader: real ones, for an engine with a real model.
         """
-        self.arena = Arena(num_pages, blocks_per_page) if num_pages else None
+        self.arena = arena or (Arena(num_pages, blocks_per_page) if num_pages else None)
         self.now = 100.0
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.outbox = Outbox()
         self.loader, self.pool = FakeLoader(), FakePool()
+        self.has_fake_pool = pool is None
         self.cache = AdapterCache(
             num_chunks=num_chunks,
             max_per_batch=max_loras_per_batch,
@@ -308,8 +313,8 @@ class Harness:
         self.jobs = jobs
         self.adapters = AdapterService(
             self.cache,
-            self.pool,
-            self.loader,
+            pool or self.pool,
+            loader or self.loader,
             self.outbox,
             jobs,
             jobs,
@@ -386,7 +391,9 @@ class Harness:
     def check(self) -> None:
         self.scheduler.check_integrity()
         self.cache.check_integrity()
-        assert set(self.pool.contents) == {a.generation for a in self.cache.adapters() if a.chunk_ids}
+        assert not self.has_fake_pool or set(self.pool.contents) == {
+            a.generation for a in self.cache.adapters() if a.chunk_ids
+        }
         assert set(self.adapters._host) == {a.generation for a in self.cache.adapters() if a.in_host}
 
     def events(self, kind: type) -> list[AnyEvent]:
