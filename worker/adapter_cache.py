@@ -273,6 +273,10 @@ class AdapterCache:
             else:
                 self.give_up()
 
+    def is_quiet(self, adapter: Adapter) -> bool:
+        """Whether no step that is launched can touch the adapter's place, which it has just been given."""
+        return all(map(self._arena.is_quiet, adapter.chunk_ids))
+
     def unplace(self, adapter: Adapter) -> None:
         """Takes the chunks back from an adapter that did not reach the device."""
         self._leave_device(adapter)
@@ -306,7 +310,7 @@ class AdapterCache:
 
     def _leave_device(self, adapter: Adapter) -> None:
         for page_id in adapter.chunk_ids:
-            self._arena.free_page(page_id)
+            self._arena.free_page(page_id, adapter.used_at)
         self._num_chunks -= len(adapter.chunk_ids)
         adapter.chunk_ids = ()
         adapter.arriving = False

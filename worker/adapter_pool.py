@@ -43,15 +43,19 @@ class AdapterPool:
         # float32 [num_chunks, num_layers, len(MODULES)]: an adapter's scales, at its first chunk's place
         self.scales = torch.zeros(num_chunks, layout.num_layers, len(MODULES), device=device)
         self._copies = CopyStream(device) if copies is None and device.type == "cuda" else copies
+        self._has_waited = False
         self._arriving: dict[int, torch.cuda.Event] = {}  # by generation: recorded behind its copy
         self._residents: dict[int, ResidentAdapter] = {}
         self._owners: dict[int, int] = {}  # chunk id → generation
 
-    def upload(self, generation: int, packed: PackedAdapter, chunk_ids: Sequence[int]) -> None:
+    def upload(
+        self, generation: int, packed: PackedAdapter, chunk_ids: Sequence[int], behind_steps: bool = True
+    ) -> None:
         """Copy an adapter into the given free chunks, which become its own until remove.
 
-        On a GPU the copy only begins here, behind the steps that are launched, which may still use the memory as
-        another's. Later ones go on beside it if the adapter's memory is pinned; none may use it before is_ready.
+        On a GPU the copy only begins here, and steps go on beside it if the adapter's memory is pinned; none may use
+        the adapter before is_ready. behind_steps: steps that are launched may still touch the memory, so the copy waits
+        for them.
         """
         assert generation not in self._residents
         assert len(chunk_ids) == len(packed.chunks) == len(set(chunk_ids))
@@ -59,7 +63,9 @@ class AdapterPool:
         if self._copies is None:
             scales = self._copy(packed, chunk_ids)
         else:
-            self._copies.wait_for_steps()
+            if behind_steps or not self._has_waited:
+                self._copies.wait_for_steps()
+                self._has_waited = True  # for what ran at boot too, and copies come one after the other
             try:
                 with self._copies.copying():
                     scales = self._copy(packed, chunk_ids)

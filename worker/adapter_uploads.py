@@ -27,7 +27,8 @@ class AdapterUploads:
         placed = self._cache.place(adapter)
         assert placed
         try:
-            self._pool.upload(adapter.generation, packed, adapter.chunk_ids)
+            behind_steps = not self._cache.is_quiet(adapter)
+            self._pool.upload(adapter.generation, packed, adapter.chunk_ids, behind_steps)
         except Exception:
             log.exception("adapter %s could not be copied to the device", adapter.name)
             self._cache.unplace(adapter)

@@ -50,7 +50,6 @@ class KVPage:
 
     free: list[int]
     num_used: int = 0
-    last_used: int = 0  # tick at which a block of it was used last
 
 
 class Arena:
@@ -68,7 +67,9 @@ class Arena:
         self._by_free: list[dict[int, None]] = [{} for _ in range(blocks_per_page + 1)]
         self._unused: dict[int, None] = {}  # KV pages of which no sequence uses a block, the longest unused first
         self._chunk_pages: set[int] = set()
+        self._last_used = [0] * num_pages  # ticks
         self._tick = 0
+        self._planned_at = 0  # the tick of the newest step
 
     @property
     def num_free_pages(self) -> int:
@@ -93,6 +94,15 @@ class Arena:
         """The time, for telling what was used last; it runs on with every call."""
         self._tick += 1
         return self._tick
+
+    def step_planned(self) -> None:
+        """A step is about to be launched, while the one before may still run and all earlier ones are done."""
+        self._planned_at = self.tick()
+
+    def is_quiet(self, page_id: int) -> bool:
+        """Whether nothing that is launched can still touch a free page: it was not in use when the newest step was
+        planned."""
+        return self._last_used[page_id] < self._planned_at
 
     # ------------------------------------------------------------------------------------------------ KV
 
@@ -126,10 +136,10 @@ class Arena:
         page_id = block_id // self.blocks_per_page
         page = self._kv_pages[page_id]
         page.num_used -= 1
-        page.last_used = self.tick()
         if not page.num_used:
             self._unused[page_id] = None
-        return page.last_used
+        self._last_used[page_id] = self.tick()
+        return self._last_used[page_id]
 
     def free_block(self, block_id: int) -> None:
         """A block that is not used is not held any more either."""
@@ -162,8 +172,9 @@ class Arena:
         self._chunk_pages.add(page_id)
         return page_id
 
-    def free_page(self, page_id: int) -> None:
-        """A chunk's page."""
+    def free_page(self, page_id: int, last_used: int) -> None:
+        """A chunk's page. last_used: the tick at which a sequence last ran with it."""
+        self._last_used[page_id] = last_used
         self._chunk_pages.remove(page_id)
         self._free.append(page_id)
 
@@ -176,7 +187,7 @@ class Arena:
     def reclaim_page(self) -> None:
         """Frees a page or more: that with cached blocks alone, or the idle adapter, that was used longest ago."""
         page_id = next(iter(self._unused), None)
-        oldest = self._oldest(None if page_id is None else self._kv_pages[page_id].last_used)
+        oldest = self._oldest(None if page_id is None else self._last_used[page_id])
         if oldest is not self.kv or page_id is None:
             oldest.give_up()
             return
@@ -207,5 +218,5 @@ class Arena:
             assert page_id in self._by_free[len(page.free)]
             assert (page_id in self._unused) == (page.num_used == 0)
         assert sum(map(len, self._by_free)) == len(self._kv_pages) and len(self._unused) <= len(self._kv_pages)
-        ticks = [self._kv_pages[page_id].last_used for page_id in self._unused]
+        ticks = [self._last_used[page_id] for page_id in self._unused]
         assert ticks == sorted(ticks)

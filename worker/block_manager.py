@@ -131,6 +131,10 @@ class BlockManager:
         sequence.block_table.clear()
         sequence.num_computed_tokens = 0
 
+    def step_planned(self) -> None:
+        """A step is about to be launched: see arena."""
+        self._arena.step_planned()
+
     # ------------------------------------------------------------------------------------------ for the arena
 
     @property

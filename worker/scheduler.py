@@ -99,6 +99,8 @@ class Scheduler:
         is_running = SequenceStatus.RUNNING  # some may just have been preempted
         prefills = [s for s in unfinished if s.num_uncomputed_tokens > 1 and s.status is is_running]
         self._schedule_prefills(step, prefills)
+        if step:
+            self._blocks.step_planned()
         return list(step.values())
 
     def collect(self, scheduled: ScheduledSequence) -> None:

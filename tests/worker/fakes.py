@@ -117,12 +117,15 @@ class FakePool:
         self.wait_for_steps: Callable[[], None] = lambda: None
         self.overwrite: Callable[[int], None] = lambda chunk: None  # told of each chunk that is written
 
-    def upload(self, generation: int, packed: FakePacked, chunk_ids: tuple[int, ...]) -> None:
+    def upload(
+        self, generation: int, packed: FakePacked, chunk_ids: tuple[int, ...], behind_steps: bool = True
+    ) -> None:
         if self.broken:
             raise MemoryError
         assert generation not in self.contents and len(chunk_ids) == len(packed.chunks)
         assert not self.chunks.keys() & set(chunk_ids)
-        self.wait_for_steps()
+        if behind_steps:
+            self.wait_for_steps()
         self.contents[generation] = packed.digest
         self.chunks |= dict.fromkeys(chunk_ids, generation)
         self.memory |= dict.fromkeys(chunk_ids, packed.digest)

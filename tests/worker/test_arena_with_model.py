@@ -175,7 +175,8 @@ def test_on_a_gpu_a_page_changes_hands_behind_whoever_may_still_touch_it() -> No
     assert not pool.is_ready(1)
     pool.remove(1)
     assert copies.log[3:] == ["steps wait for 0"], "steps may write KV there, and the copy is on its way"
-    pool.upload(2, packed, [0, 1])
+    pool.upload(2, packed, [0, 1], behind_steps=False)
+    assert copies.log[4:] == ["copy", "event 1"]
     copies.events[1].is_done = True
     assert pool.is_ready(2)
     del copies.log[:]
