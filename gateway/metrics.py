@@ -136,7 +136,12 @@ class _WorkerCollector(Collector):
         used = (blocks - total("kv_blocks_free")) / blocks if blocks else 0.0
         yield family(GaugeMetricFamily, "vllm:num_requests_running", "Sequences running.", total("num_running"))
         yield family(GaugeMetricFamily, "vllm:num_requests_waiting", "Sequences waiting.", total("num_waiting"))
-        yield family(GaugeMetricFamily, "vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", used)
+        yield family(
+            GaugeMetricFamily,
+            "vllm:kv_cache_usage_perc",
+            "Share of KV's memory used by sequences and their adapters.",
+            used,
+        )
         for metric, field, text in [
             ("vllm:prompt_tokens", "prompt_tokens_total", "Prompt tokens computed."),
             ("vllm:generation_tokens", "generation_tokens_total", "Tokens generated."),

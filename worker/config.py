@@ -86,9 +86,11 @@ class WorkerConfig:
     )
     num_lora_chunks: int | None = _setting(
         None,
-        "size of the device's adapter pool in chunks of rank 16; an adapter of rank r takes r/16 of them, rounded up",
+        "the most of the device's memory that adapters take, in chunks of rank 16; an adapter of rank r takes r/16 of"
+        " them, rounded up. Idle adapters give way to KV",
         type=int,
-        default_text="four for each of --max-loras-per-batch, as far as memory allows",
+        default_text="all that one longest context of KV leaves; the memory is planned with four for each of"
+        " --max-loras-per-batch",
     )
     lora_backend: str = _setting(
         "auto",
@@ -97,7 +99,10 @@ class WorkerConfig:
         choices=("auto", "torch", "triton"),
     )
     max_lora_rank: int | None = _setting(
-        None, "largest rank that is accepted", type=int, default_text="what the adapter pool holds"
+        None,
+        "largest rank that is accepted",
+        type=int,
+        default_text="what --num-lora-chunks holds, and on a GPU at most 256",
     )
     lora_target_modules: tuple[str, ...] = _setting(
         ("all",), f"modules that adapters may change: all, or some of {', '.join(MODULES)}", nargs="+"
@@ -133,7 +138,7 @@ class WorkerConfig:
     )
     mem_fraction: float | None = _setting(
         None,
-        "share of the memory free after the model is loaded that KV and adapters take",
+        "share of the memory free after the model is loaded that KV and adapters take together",
         type=float,
         default_text="0.9 on a GPU, 0.5 on the CPU",
     )
@@ -145,10 +150,11 @@ class WorkerConfig:
     )
     num_kv_blocks: int | None = _setting(
         None,
-        "KV blocks, in place of what --mem-fraction gives",
+        "the most KV blocks, in place of what --mem-fraction gives. Cached ones give way to adapters",
         type=int,
-        default_text="as memory allows, a full context for each of --max-running-requests on a GPU, 512 tokens for each"
-        " on the CPU, and at least one full context",
+        default_text="all that adapters leave; the memory is planned with a full context for each of"
+        " --max-running-requests on a GPU, 512 tokens for each on the CPU, at least one full context, and no more than"
+        " --mem-fraction allows",
     )
     context_length: int | None = _setting(
         None, "longest prompt and answer together, tokens", type=int, default_text="the model's, as far as KV holds it"

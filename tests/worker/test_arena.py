@@ -56,6 +56,8 @@ def test_a_pinned_and_a_running_adapter_stay_when_kv_is_short() -> None:
         harness.step()
         assert on_device(harness) == {"p", "a"}
     harness.drain()
+    status = harness.engine.status()
+    assert (status.kv_blocks_total, status.kv_blocks_free) == (4, 3), "what a pinned adapter has is in use"
     assert harness.tokens(1) == answer([1], 7, "content-a")
     assert all(harness.tokens(i) == answer([i], 7) for i in (2, 3))
     for request_id in range(4, 8):

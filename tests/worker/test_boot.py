@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def test_a_worker_from_its_command_line_to_its_end(worker: Process, context: zmq
     assert welcome.model.max_model_len == 512
     assert [file.name for file in welcome.files] == ["tokenizer.json", "config.json"]
     assert [adapter.name for adapter in welcome.adapters] == ["lora0"]
+    assert re.search(r"room for \d+ tokens of KV \(\d+ blocks\) or \d+ adapters of rank 16", worker.log.read_text())
     sampling = {"temperature": 0.0, "ignore_eos": True}
     prompt = [5, 6, 7, 8]
     gateway.send(generate(1, prompt, 12, **sampling))

@@ -62,10 +62,17 @@ def serve(root: Path, context: zmq.Context, device: str, *settings: str) -> tupl
     return answers, worker.log.read_text()
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_the_gpu_says_what_the_cpu_says(tmp_path: Path, context: zmq.Context, backend: str) -> None:
+# A page for KV beside four for the adapters' four chunks: prefixes and adapters push each other out.
+CRAMPED = ["--num-lora-chunks", "4", "--max-loras-per-batch", "1", "--max-running-requests", "4"]
+CRAMPED += ["--context-length", "64", "--block-size", "16"]
+
+
+@pytest.mark.parametrize(("backend", "settings"), [("triton", []), ("triton", CRAMPED), ("torch", [])])
+def test_the_gpu_says_what_the_cpu_says(
+    tmp_path: Path, context: zmq.Context, backend: str, settings: list[str]
+) -> None:
     expected, _ = serve(tmp_path / "cpu", context, "cpu")
-    found, text = serve(tmp_path / "gpu", context, "cuda", "--lora-backend", backend)
+    found, text = serve(tmp_path / "gpu", context, "cuda", "--lora-backend", backend, *settings)
     assert found == expected
     assert {reason for _, reason in found.values()} == {FinishReason.STOP, FinishReason.LENGTH}
     assert ("CUDA graphs" in text) == (backend == "triton")
