@@ -10,6 +10,7 @@ from protocol.sampling import SamplingParams
 from worker.adapter_pool import AdapterPool
 from worker.kv_cache import KVCache
 from worker.launched_step import LaunchedStep
+from worker.model_config import ModelConfig
 from worker.model_runner import ModelRunner
 from worker.sequence import Sample, ScheduledSequence, Sequence
 from worker.weights import load_model
@@ -36,13 +37,8 @@ class Driver:
         cls, model_dir: Path, block_size: int = 4, num_blocks: int = 256, num_chunks: int = 0, seed: int = 0
     ) -> "Driver":
         model, config = load_model(model_dir, torch.float32, CPU)
-        cache = KVCache(
-            num_blocks, block_size, config.num_layers, config.num_kv_heads, config.head_dim, torch.float32, CPU
-        )
-        cache.data.fill_(torch.nan)  # what an earlier owner may have left
-        pool = AdapterPool(config.chunk_layout(), num_chunks, torch.float32, CPU) if num_chunks else None
-        shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
-        return cls(ModelRunner(model, config, cache, pool), shuffled)
+        cache, pool, free = one_memory(config, block_size, num_blocks, num_chunks, torch.float32, CPU, seed)
+        return cls(ModelRunner(model, config, cache, pool), free)
 
     def add(self, prompt: list[int], generation: int = 0, sampling: SamplingParams = GREEDY, seed: int = 0) -> Sequence:
         sequence = Sequence(self.num_made, list(prompt), len(prompt), sampling, seed, generation)
@@ -87,6 +83,27 @@ class Driver:
         """Runs all sequences together until each has num_outputs; prompts go in chunks of at most `chunk` tokens."""
         while unfinished := [s for s in sequences if s.num_output_tokens < num_outputs]:
             self.step([(sequence, min(chunk, sequence.num_uncomputed_tokens)) for sequence in unfinished])
+
+
+def one_memory(
+    config: ModelConfig,
+    block_size: int,
+    num_blocks: int,
+    num_chunks: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> tuple[KVCache, AdapterPool | None, list[int]]:
+    """KV and adapters as they lie in an arena, chunks first; and the blocks, shuffled. What no one wrote is NaN."""
+    shape = (config.num_layers, config.num_kv_heads, config.head_dim)
+    block_bytes, layout = KVCache.block_bytes(block_size, *shape, dtype), config.chunk_layout()
+    per_page = -(-layout.chunk_size * dtype.itemsize // block_bytes) if num_chunks else 1
+    num_pages = num_chunks + -(-num_blocks // per_page)
+    memory = torch.full((num_pages * per_page * block_bytes // dtype.itemsize,), torch.nan, dtype=dtype, device=device)
+    cache = KVCache(num_pages * per_page, block_size, *shape, dtype, device, memory)
+    pool = AdapterPool(layout, num_pages, dtype, device, memory) if num_chunks else None
+    shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+    return cache, pool, [num_chunks * per_page + block for block in shuffled]
 
 
 def outputs(sequence: Sequence) -> list[int]:

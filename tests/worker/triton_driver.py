@@ -4,10 +4,8 @@ from pathlib import Path
 
 import torch
 
-from tests.worker.driver import Driver
-from worker.adapter_pool import AdapterPool
+from tests.worker.driver import Driver, one_memory
 from worker.decode_graphs import DecodeGraphs
-from worker.kv_cache import KVCache
 from worker.last_tokens import LastTokens
 from worker.layers.ops import triton_ops
 from worker.triton_runner import TritonRunner
@@ -30,15 +28,10 @@ def triton_driver(
 ) -> Driver:
     """graph_rows: sequences in the largest captured step; 0: no graphs. What no one wrote is NaN."""
     model, config = load_model(model_dir, dtype, DEVICE, ops=triton_ops())
-    cache = KVCache(num_blocks, block_size, config.num_layers, config.num_kv_heads, config.head_dim, dtype, DEVICE)
-    cache.data.fill_(torch.nan)
-    pool = AdapterPool(config.chunk_layout(), num_chunks, dtype, DEVICE) if num_chunks else None
-    if pool is not None:
-        pool.chunks.fill_(torch.nan)
+    cache, pool, free = one_memory(config, block_size, num_blocks, num_chunks, dtype, DEVICE, seed)
     graphs = None
     if graph_rows:
         last_tokens = LastTokens(config.vocab_size, 64, DEVICE)
         sizes = {"max_rows": graph_rows, "max_chunks": max_chunks, "max_model_len": max_model_len}
         graphs = DecodeGraphs(model, config, cache, pool, last_tokens, **sizes)
-    shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
-    return Driver(TritonRunner(model, config, cache, pool, max_chunks=max_chunks, graphs=graphs), shuffled)
+    return Driver(TritonRunner(model, config, cache, pool, max_chunks=max_chunks, graphs=graphs), free)
