@@ -196,9 +196,9 @@ class Scheduler:
                 continue
             admission = refused.get(sequence.generation) or self._ask_adapter_limit(sequence.generation)
             if admission is Admission.GRANTED:
-                if not self._attach_blocks(sequence, budget):
+                if not self._attach_prefix(sequence):
                     break  # without overtaking here, a long prompt gets its blocks in the end
-                admission = self._acquire(sequence, budget)
+                admission = self._acquire(sequence)
             if admission is Admission.GRANTED:
                 scheduled = self._start(sequence, budget)
                 step[sequence.sequence_id] = scheduled
@@ -214,15 +214,14 @@ class Scheduler:
             return Admission.GRANTED
         return Admission.FULL
 
-    def _attach_blocks(self, sequence: Sequence, budget: int) -> bool:
-        """Gives a waiting sequence its first blocks, if all its tokens fit beside what running ones need next."""
+    def _attach_prefix(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence its cached blocks, if all its tokens fit beside what running ones need next."""
         assert not sequence.num_pending
         num_cached = self._blocks.attach_prefix(sequence)
         missing = self._blocks.blocks_for(len(sequence.token_ids)) - len(sequence.block_table)
         is_base = sequence.generation == BASE_GENERATION
         num_chunks = 0 if is_base else self._adapters.num_chunks_to_take(sequence.generation)
         if missing + self._promised() <= self._blocks.num_free_beside(num_chunks):
-            self._blocks.allocate(sequence, min(budget, sequence.num_uncomputed_tokens))
             if not sequence.num_preemptions:
                 sequence.num_cached_tokens = num_cached
             return True
@@ -234,7 +233,7 @@ class Scheduler:
         blocks_for, unfinished = self._blocks.blocks_for, [s for s in self.running if not s.has_last_token]
         return sum(max(0, blocks_for(s.num_tokens + 1) - len(s.block_table)) for s in unfinished)
 
-    def _acquire(self, sequence: Sequence, budget: int) -> Admission:
+    def _acquire(self, sequence: Sequence) -> Admission:
         if sequence.generation == BASE_GENERATION:
             return Admission.GRANTED
         admission = self._adapters.acquire(sequence.generation)
@@ -244,8 +243,8 @@ class Scheduler:
             # Only its own cached blocks, strewn over pages that the adapter needs, can be in the way: see arena.
             admission = self._adapters.acquire(sequence.generation)
             if admission is Admission.GRANTED:
-                is_attached = self._attach_blocks(sequence, budget)
-                assert is_attached, "nothing runs, and the adapter has left what is sure to KV"
+                has_room = self._attach_prefix(sequence)
+                assert has_room, "nothing runs, and the adapter has left what is sure to KV"
         if admission is Admission.GRANTED:
             self._in_step[sequence.generation] += 1
         return admission
@@ -258,7 +257,10 @@ class Scheduler:
         if not sequence.num_preemptions:
             self.num_prefix_queries += sequence.num_prompt_tokens
             self.num_prefix_hits += sequence.num_cached_tokens
-        return sequence.share(min(budget, sequence.num_uncomputed_tokens))
+        num_tokens = min(budget, sequence.num_uncomputed_tokens)
+        is_allocated = self._blocks.allocate(sequence, num_tokens)  # after its adapter, which must not go for its KV
+        assert is_allocated, "_attach_prefix has counted"
+        return sequence.share(num_tokens)
 
     def _waited_too_long(self, sequence: Sequence) -> bool:
         now = self._clock()

@@ -81,6 +81,30 @@ def test_adapters_push_cached_prefixes_out_page_by_page_the_longest_unused_first
     assert "b" in on_device(harness)
 
 
+def test_nobody_starts_whose_adapter_and_kv_do_not_both_fit() -> None:
+    harness = Harness(num_pages=4, blocks_per_page=1, num_chunks=2, num_blocks=4, block_size=4)
+    load(harness, "a", rank=32)
+    start(harness, 1, [1] * 5, 3)  # two of the four pages
+    harness.step()
+    start(harness, 2, [2], 3, generation=1)  # three pages
+    harness.step()
+    assert on_device(harness) == set()
+    harness.drain()
+    assert harness.scheduler.num_preemptions == 0
+    assert harness.tokens(1) == answer([1] * 5, 3) and harness.tokens(2) == answer([2], 3, "content-a")
+
+
+def test_no_adapter_goes_for_the_kv_of_its_own_sequence() -> None:
+    harness = Harness(num_pages=4, blocks_per_page=2, num_chunks=2, num_blocks=8, block_size=2)
+    load(harness, "a")
+    run(harness, 1, [1], 2, generation=1)
+    for request_id in (2, 3):  # cached prefixes, all used later than a, fill the rest
+        run(harness, request_id, list(range(10 * request_id, 10 * request_id + 5)))
+    assert harness.arena is not None and harness.arena.num_free_pages == 0 and on_device(harness) == {"a"}
+    run(harness, 4, list(range(70, 76)), 2, generation=1)
+    assert harness.adapters.num_uploads == 1
+
+
 def test_a_prefix_strewn_over_all_pages_does_not_keep_its_own_adapter_out() -> None:
     harness = Harness(num_pages=5, blocks_per_page=2, num_chunks=2, num_blocks=10, block_size=2)
     load(harness, "a")
