@@ -95,7 +95,7 @@ class AdapterMemory(Struct, frozen=True, kw_only=True):
     """What adapters take of the worker, all of them together."""
 
     chunk_bytes: int  # of rank 16
-    chunks_total: int  # on the device
+    chunks_total: int  # the most that adapters may take on the device, where KV takes what they leave
     chunks_free: int
     host_adapters: int
     host_adapters_max: int
