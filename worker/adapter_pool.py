@@ -43,7 +43,6 @@ class AdapterPool:
         # float32 [num_chunks, num_layers, len(MODULES)]: an adapter's scales, at its first chunk's place
         self.scales = torch.zeros(num_chunks, layout.num_layers, len(MODULES), device=device)
         self._copies = CopyStream(device) if copies is None and device.type == "cuda" else copies
-        self._has_waited = False
         self._arriving: dict[int, torch.cuda.Event] = {}  # by generation: recorded behind its copy
         self._residents: dict[int, ResidentAdapter] = {}
         self._owners: dict[int, int] = {}  # chunk id → generation
@@ -63,9 +62,8 @@ class AdapterPool:
         if self._copies is None:
             scales = self._copy(packed, chunk_ids)
         else:
-            if behind_steps or not self._has_waited:
+            if behind_steps:
                 self._copies.wait_for_steps()
-                self._has_waited = True  # for what ran at boot too, and copies come one after the other
             try:
                 with self._copies.copying():
                     scales = self._copy(packed, chunk_ids)

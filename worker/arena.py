@@ -69,7 +69,7 @@ class Arena:
         self._chunk_pages: set[int] = set()
         self._last_used = [0] * num_pages  # ticks
         self._tick = 0
-        self._planned_at = 0  # the tick of the newest step
+        self._planned_at = (0, 0)  # the ticks of the newest two steps, the older first
 
     @property
     def num_free_pages(self) -> int:
@@ -96,13 +96,15 @@ class Arena:
         return self._tick
 
     def step_planned(self) -> None:
-        """A step is about to be launched, while the one before may still run and all earlier ones are done."""
-        self._planned_at = self.tick()
+        """A step is about to be launched; when the next is planned, it may run, and whatever came before it is done."""
+        self._planned_at = (self._planned_at[1], self.tick())
 
     def is_quiet(self, page_id: int) -> bool:
-        """Whether nothing that is launched can still touch a free page: it was not in use when the newest step was
-        planned."""
-        return self._last_used[page_id] < self._planned_at
+        """Whether nothing that is launched can still touch a free page.
+
+        It was not in use when the step before the newest was planned; that step is done, so all before it are.
+        """
+        return self._last_used[page_id] < self._planned_at[0]
 
     # ------------------------------------------------------------------------------------------------ KV
 
