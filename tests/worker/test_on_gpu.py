@@ -14,7 +14,7 @@ import torch
 from protocol.sampling import SamplingParams
 from tests.tiny_models import FAMILIES, write_tiny_model
 from tests.worker.driver import Driver, outputs
-from tests.worker.triton_driver import DEVICE, triton_driver
+from tests.worker.triton_driver import DEVICE, triton_driver, wait_for_adapters
 from worker.adapter_pool import AdapterPool
 from worker.adapter_weights import LoraWeight, module_shape, pack_adapter
 from worker.chunk_layout import MODULES
@@ -56,6 +56,7 @@ def load_adapters(pool: AdapterPool) -> None:
                 weights[layer, module] = LoraWeight(a, torch.randn(num_out, rank, generator=draw) / rank**0.5, 0.5)
         packed = pack_adapter(pool.layout, weights, pool.chunks.dtype, "")
         pool.upload(generation, packed, [free.pop() for _ in range(len(packed.chunks))])
+    wait_for_adapters(pool)
 
 
 def expected(model_dir: Path, sampling: SamplingParams = WITH_LOGPROBS) -> dict[int, Driver]:
