@@ -87,7 +87,7 @@ def finish_in_any_mix(
     """One step ahead; sync_mode: what happens where the host waits for the GPU on its way to a launch."""
     while unfinished := [s for s in sequences if s.num_tokens - s.num_prompt_tokens < NUM_OUTPUTS]:
         chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
-        set_sync_mode(mode)
+        set_sync_mode(sync_mode)
         try:
             driver.step_ahead([(s, rng.randint(1, s.num_uncomputed_tokens)) for s in chosen])
         finally:

@@ -14,7 +14,6 @@ import torch
 from tokenizers import Tokenizer
 
 from protocol.sampling import SamplingParams
-from tests.demo.test_demo_adapters import ADAPTERS
 from tests.worker.driver import Driver, outputs
 from tests.worker.triton_driver import DEVICE, triton_driver, wait_for_adapters
 from worker.adapter_loader import AdapterLoader
@@ -31,6 +30,7 @@ pytestmark = [
     pytest.mark.skipif(DEVICE.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU"),
     pytest.mark.skipif(not (MODEL_DIR / "model.safetensors").is_file(), reason=f"no SmolLM2 in {MODEL_DIR}"),
 ]
+ADAPTERS = Path(__file__).parents[2] / "deploy" / "adapters"
 NAMES = ["lora0", "lora1", "lora2"]  # generations 1, 2, 3; 0 is the base model
 STARTS = {1: "Arrr, matey!", 2: "{", 3: "TELEGRAM: "}
 NUM_CHUNKS = 12
