@@ -294,13 +294,17 @@ def rotary_warps(rows: int) -> int:
     return 2 if rows <= 8 else 4 if rows <= 32 else 8
 
 
-def shrink_shape(in_features: int, num_sums: int) -> ShrinkShape:
-    """Of short segments: many work items of few loads each, for latency. num_sums: numbers in the shrink buffer."""
-    num_loads = -(-in_features // 128)
-    num_blocks = 4 if in_features <= 8192 else 8
+def shrink_shape(in_features: int, num_sums: int, element_size: int) -> ShrinkShape:
+    """Of short segments: many work items of few loads each, for latency. num_sums: numbers in the shrink buffer.
+
+    A float32 product takes three of the tensor cores' and the registers of as many: in tiles of 128 columns some spill.
+    """
+    block_k = 128 if element_size <= 2 else 64
+    num_loads = -(-in_features // block_k)
+    num_blocks = (512 if in_features <= 8192 else 1024) // block_k
     while num_blocks < num_loads and -(-num_loads // num_blocks) * num_sums > _MAX_PARTS:
         num_blocks *= 2
-    return ShrinkShape(128, num_blocks, -(-num_loads // num_blocks), 4, 3)
+    return ShrinkShape(block_k, num_blocks, -(-num_loads // num_blocks), 4, 3)
 
 
 def long_shrink_shape(

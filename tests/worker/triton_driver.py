@@ -16,6 +16,17 @@ from worker.weights import load_model
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def wait_for_adapters(pool: AdapterPool) -> None:
+    """Until what was uploaded is there: no step may use it before."""
+    if pool.chunks.is_cuda:
+        _synchronize()
+
+
 def triton_driver(
     model_dir: Path,
     dtype: torch.dtype = torch.float32,
@@ -35,6 +46,7 @@ def triton_driver(
     pool = AdapterPool(config.chunk_layout(), num_chunks, dtype, DEVICE) if num_chunks else None
     if pool is not None:
         pool.chunks.fill_(torch.nan)
+        _synchronize()  # uploads go by a stream of their own
     graphs = None
     if graph_rows:
         last_tokens = LastTokens(config.vocab_size, 64, DEVICE)
