@@ -33,7 +33,9 @@ def test_adapters_that_fit_are_compared_with_those_that_do_not(tmp_path: Path) -
 
 def test_streams_beside_loads_are_the_quiet_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results.csv"
-    bench_beside_loads.main([*SIZES, "--output-tokens", "40", "--windows", "2", "--dir", str(tmp_path), "--csv", str(results)])
+    bench_beside_loads.main(
+        [*SIZES, "--output-tokens", "40", "--windows", "2", "--dir", str(tmp_path), "--csv", str(results)]
+    )
     found = {metric: value for (_, metric), value in figures(results).items()}
     assert found["streams"] == found["exact"] == found["exact_quiet"] == 12
     assert found["loads"] == found["replaces"] == found["unloads"] >= 2
