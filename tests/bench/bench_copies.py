@@ -21,7 +21,7 @@ from tests.bench.results import append_csv
 
 CHUNK_BYTES, PIECES = 80 << 20, (80 << 20, 8 << 20, 2 << 20)
 PINNED_BYTES, NUM_PINNED = 80 << 20, 24
-ROUNDS, PAUSE_S = 3000, 0.01
+ROUNDS, SECONDS, PAUSE_S = 20_000, 2.0, 0.01
 PERCENT = (0.5, 0.99, 0.999)
 
 
@@ -51,7 +51,8 @@ def rounds_ms(step: Step, num_rounds: int = ROUNDS) -> list[float]:
 
 def beside(step: Step, work: Callable[[], None], most: float = math.inf) -> tuple[list[float], list[float]]:
     """The rounds while a thread works with pauses, at most so many times; and how long each of its works took."""
-    stop, times = threading.Event(), []
+    stop = threading.Event()
+    times: list[float] = []
 
     def run() -> None:
         while not stop.is_set() and len(times) < most:
@@ -62,8 +63,9 @@ def beside(step: Step, work: Callable[[], None], most: float = math.inf) -> tupl
 
     thread = threading.Thread(target=run)
     thread.start()
-    rounds = []
-    while thread.is_alive() and len(rounds) < ROUNDS:
+    rounds: list[float] = []
+    end_s = time.perf_counter() + SECONDS
+    while thread.is_alive() and time.perf_counter() < end_s:
         rounds += rounds_ms(step, 20)
     stop.set()
     thread.join()
