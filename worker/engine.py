@@ -21,7 +21,8 @@ from protocol.messages import (
     TokenLogprobs,
     WorkerStatus,
 )
-from worker.adapter_service import AdapterService, Failure
+from worker.adapter_loads import Failure
+from worker.adapter_service import AdapterService
 from worker.block_manager import BlockManager
 from worker.fair_queue import BASE_CLIENT
 from worker.grammar import GrammarError, Matcher

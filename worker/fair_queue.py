@@ -179,6 +179,16 @@ class FairQueue:
         lines = [line for heap in self._heaps[: 1 if short_only else 2] if (line := self._top(heap)) is not None]
         return min(lines, key=self.turn, default=None)
 
+    def next_closed(self, most: int) -> list[Line]:
+        """The first of the other lines."""
+        found: list[Line] = []
+        while len(found) < most and (line := self.first_closed(short_only=False)) is not None:
+            self.set_aside(line)
+            found.append(line)
+        for line in found:
+            self.put_back(line)
+        return found
+
     def set_aside(self, line: Line) -> None:
         """Makes way for the line behind it, until it is pushed again."""
         line.ticket = 0

@@ -25,6 +25,7 @@ from worker.fair_queue import FairQueue, Turns
 from worker.sequence import ScheduledSequence, Sequence, SequenceStatus
 
 _QUANTUM_STEPS = 4  # of prompts; see Turns. Measured: tests/bench/LOG.md
+_NUM_PREFETCHED = 4  # adapters that are brought nearer before it is their turn
 
 
 class Admission(Enum):
@@ -43,6 +44,12 @@ class AdapterResidency(Protocol):
 
     def release(self, generation: int) -> None:
         """Undoes one granted acquire."""
+
+    def prefetch(self, generation: int) -> bool:
+        """A sequence will ask for the adapter soon: its bytes begin to move, unless in the way of what others want.
+
+        True if there is nothing left to do.
+        """
 
 
 class Scheduler:
@@ -81,6 +88,7 @@ class Scheduler:
         self._clock = clock
         self._in_step: Counter[int] = Counter()  # running sequences of each adapter generation
         self._has_preempted = False  # in the step that is being planned
+        self._may_prefetch = False  # something has come or gone, or was not ready the last time
 
     def add(self, sequence: Sequence) -> Error | None:
         """Takes a sequence in, or says why it can never run."""
@@ -92,6 +100,7 @@ class Scheduler:
         if not self.waiting:  # else it was done when something last started
             self._charge_outputs(self.running)
         self.waiting.add(sequence)
+        self._may_prefetch = True
         return None
 
     def schedule(self) -> list[ScheduledSequence]:
@@ -105,6 +114,9 @@ class Scheduler:
         is_running = SequenceStatus.RUNNING  # some may just have been preempted
         prefills = [s for s in unfinished if s.num_uncomputed_tokens > 1 and s.status is is_running]
         self._schedule_prefills(step, prefills)
+        if self._may_prefetch:
+            lines = self.waiting.next_closed(min(_NUM_PREFETCHED, self._max_adapters))
+            self._may_prefetch = not all([self._adapters.prefetch(line.generation) for line in lines])
         return list(step.values())
 
     def collect(self, scheduled: ScheduledSequence) -> None:
@@ -194,6 +206,7 @@ class Scheduler:
             if not self._in_step[sequence.generation]:
                 del self._in_step[sequence.generation]
                 self.waiting.close(sequence.generation)
+                self._may_prefetch = True
             self._adapters.release(sequence.generation)
 
     # ------------------------------------------------------------------------------------------- admission
@@ -253,6 +266,7 @@ class Scheduler:
         if admission is Admission.GRANTED:
             if sequence.generation not in self._in_step:
                 self.waiting.open(sequence.generation)
+                self._may_prefetch = True
             self._in_step[sequence.generation] += 1
         else:
             self._blocks.free(sequence)

@@ -25,6 +25,7 @@ class Adapters:
 
     refused: dict[int, Admission] = field(default_factory=dict)
     asked: list[int] = field(default_factory=list)
+    prefetched: list[int] = field(default_factory=list)
 
     def acquire(self, generation: int) -> Admission:
         self.asked.append(generation)
@@ -32,6 +33,10 @@ class Adapters:
 
     def release(self, generation: int) -> None:
         pass
+
+    def prefetch(self, generation: int) -> bool:
+        self.prefetched.append(generation)
+        return generation not in self.refused
 
 
 class Served:
@@ -329,6 +334,19 @@ def test_one_that_is_loading_holds_up_nobody_and_few_are_asked_for_at_once() -> 
     assert served.order() == [BASE_CLIENT]
     assert set(served.adapters.asked) == {1, 2, 3}
     served.adapters.refused.clear()
+    served.drain()
+
+
+def test_only_those_whose_turn_is_next_are_brought_nearer() -> None:
+    served = Served(max_running=1)
+    served.add(0, num_answer=50)
+    served.step()
+    for generation in range(1, 30):
+        served.add(generation)
+    served.step()
+    assert served.adapters.prefetched == [1, 2, 3, 4]
+    served.step(5)
+    assert served.adapters.prefetched == [1, 2, 3, 4], "and all are there"
     served.drain()
 
 
