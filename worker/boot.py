@@ -21,6 +21,7 @@ from worker.chunk_layout import ChunkLayout
 from worker.config import ConfigError, WorkerConfig
 from worker.device import Target, find_target
 from worker.engine import Engine
+from worker.fair_queue import BASE_CLIENT
 from worker.grammar import GrammarCompiler
 from worker.grammar_service import GrammarService
 from worker.kv_cache import KVCache
@@ -241,6 +242,8 @@ def _make_engine(
         max_prefill_tokens=base.target.chunked_prefill_size,
         max_adapters=config.max_loras_per_batch,
         max_overtake_s=config.lora_drain_wait_threshold,
+        is_fair=config.schedule_policy == "vtc",
+        weights={BASE_CLIENT if name in base.card.names else name: w for name, w in config.adapter_weights},
     )
     return Engine(
         base.card,

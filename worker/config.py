@@ -44,6 +44,18 @@ class AdapterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return cls(text if is_hub_id else Path(text).name, text)
 
 
+def parse_weight(text: str) -> tuple[str, float]:
+    """Reads NAME=W. Raises ConfigError."""
+    name, _, weight = text.rpartition("=")
+    try:
+        value = float(weight)
+    except ValueError:
+        value = 0.0
+    if not name or not 0.01 <= value <= 100:
+        raise ConfigError(f"--adapter-weights: {text!r} is not NAME=W with a weight of 0.01 to 100")
+    return name, value
+
+
 def default_endpoint() -> str:
     """A socket in a directory of this user alone."""
     runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
@@ -106,7 +118,23 @@ class WorkerConfig:
         "lru", "which idle adapter leaves the device first: least recently used or first in", choices=("lru", "fifo")
     )
     lora_drain_wait_threshold: float = _setting(
-        1.0, "seconds that a request may be overtaken while it waits for a place among the step's adapters"
+        1.0,
+        "seconds from its arrival that a request may be overtaken if it waits for a place among the step's adapters",
+    )
+    schedule_policy: str = _setting(
+        "vtc",
+        "who is admitted next: vtc is fair between adapters, the base model being one of them, by virtual token"
+        " counters; fcfs is the order of arrival",
+        choices=("vtc", "fcfs"),
+    )
+    adapter_weights: tuple[tuple[str, float], ...] = _setting(
+        (),
+        "shares under vtc, each NAME=W: twice the weight is twice the tokens while both wait; the base model has a"
+        " name too, and a name need not be loaded yet",
+        nargs="+",
+        action="extend",
+        type=parse_weight,
+        default_text="1 for each",
     )
     tp_size: int = _setting(1, "devices that share one model; only 1 so far")
     dtype: str = _setting(
