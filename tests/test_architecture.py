@@ -36,7 +36,7 @@ THIRD_PARTY: dict[str, set[str]] = {
 TORCH_FREE = ["sequence", "scheduler", "block_manager", "adapter_cache", "chunk_layout", "config", "grammar"]
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_CODE_LINES = 15_000  # of the four packages; blank lines and comments are free
+MAX_CODE_LINES = 16_000  # of the four packages; blank lines and comments are free
 
 
 def modules(package: str) -> list[Path]:

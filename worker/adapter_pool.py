@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worker.adapter_weights import PackedAdapter
+from worker.adapter_weights import PackedAdapter, Parts
 from worker.chunk_layout import MODULES, ChunkLayout
 
 
@@ -14,8 +14,24 @@ from worker.chunk_layout import MODULES, ChunkLayout
 class ResidentAdapter:
     """Where an adapter generation lies in the pool."""
 
-    chunk_ids: tuple[int, ...]  # rows of AdapterPool.chunks
+    all_chunk_ids: tuple[int, ...]  # rows of AdapterPool.chunks
     scales: Tensor  # float32 [num_layers, len(MODULES)], on the pool's device
+    parts: Parts  # what the chunks are
+
+    @property
+    def chunk_ids(self) -> tuple[int, ...]:
+        """Of what it has in the layers; none: nothing."""
+        return self.all_chunk_ids[: self.parts.num_layered]
+
+    @property
+    def magnitudes(self) -> int | None:
+        """The chunk of DoRA's magnitudes."""
+        return self.all_chunk_ids[self.parts.num_layered] if self.parts.has_magnitudes else None
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """The chunks of embed_tokens and lm_head."""
+        return self.all_chunk_ids[self.parts.num_chunks - self.parts.num_edges :]
 
 
 class AdapterPool:
@@ -51,7 +67,7 @@ class AdapterPool:
         if self._copies is not None:
             self._arriving[generation] = self._copies.record_event()
         self._owners.update(dict.fromkeys(chunk_ids, generation))
-        self._residents[generation] = ResidentAdapter(tuple(chunk_ids), scales)
+        self._residents[generation] = ResidentAdapter(tuple(chunk_ids), scales, packed.parts)
 
     def is_ready(self, generation: int) -> bool:
         """Whether an uploaded adapter's copy is done. Never waits."""
@@ -65,7 +81,7 @@ class AdapterPool:
         self._arriving.pop(generation, None)
         if self._copies is not None:
             self._freed = torch.cuda.current_stream().record_event()
-        for chunk_id in self._residents.pop(generation).chunk_ids:
+        for chunk_id in self._residents.pop(generation).all_chunk_ids:
             del self._owners[chunk_id]
 
     def resident(self, generation: int) -> ResidentAdapter:

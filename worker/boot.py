@@ -198,6 +198,7 @@ def _make_loader(config: WorkerConfig, base: Base, store_dir: Path) -> AdapterLo
         pin_memory=target.device.type == "cuda",
         resolver=None if config.adapter_resolver is None else Path(config.adapter_resolver),
         source_timeout_s=config.source_timeout,
+        model_dir=base.directory,
     )
 
 

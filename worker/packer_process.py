@@ -25,7 +25,7 @@ from worker.chunk_layout import ChunkLayout
 NICENESS = 10  # a load may wait for a core; tokens may not
 
 
-Setup = tuple[ChunkLayout, str, AdapterLimits, str]  # what an AdapterPacker is made of
+Setup = tuple[ChunkLayout, str, AdapterLimits, str, str | None]  # what an AdapterPacker is made of
 Order = tuple[str, str]  # a SourceDirectory
 Answer = tuple[str, str] | Error  # an Incoming, or why there is none
 
@@ -33,8 +33,16 @@ Answer = tuple[str, str] | Error  # an Incoming, or why there is none
 class PackerProcess:
     """Threads may share it; adapters are taken in turn. The process begins with `start` or the first adapter."""
 
-    def __init__(self, layout: ChunkLayout, dtype: torch.dtype, limits: AdapterLimits, store_dir: Path) -> None:
-        self._setup: Setup = (layout, str(dtype).removeprefix("torch."), limits, str(store_dir))
+    def __init__(
+        self,
+        layout: ChunkLayout,
+        dtype: torch.dtype,
+        limits: AdapterLimits,
+        store_dir: Path,
+        model_dir: Path | None = None,
+    ) -> None:
+        of_model = None if model_dir is None else str(model_dir)
+        self._setup: Setup = (layout, str(dtype).removeprefix("torch."), limits, str(store_dir), of_model)
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
@@ -94,8 +102,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the worker, whose end ends the input
     os.nice(NICENESS)
     torch.set_num_threads(1)
-    layout, dtype, limits, store_dir = msgspec.json.decode(sys.stdin.buffer.readline(), type=Setup)
-    packer = AdapterPacker(layout, getattr(torch, dtype), limits, Path(store_dir))
+    layout, dtype, limits, store_dir, of_model = msgspec.json.decode(sys.stdin.buffer.readline(), type=Setup)
+    model_dir = None if of_model is None else Path(of_model)
+    packer = AdapterPacker(layout, getattr(torch, dtype), limits, Path(store_dir), model_dir)
     for line in sys.stdin.buffer:
         path, root = msgspec.json.decode(line, type=Order)
         try:
