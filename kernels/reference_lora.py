@@ -114,7 +114,7 @@ def lora_rescale(y: Tensor, chunks: Tensor, site: LoraSite, rescaled: Rescaled) 
     """
     num_out, start = sum(site.out_features), 0
     for num_rows, chunk_id in rescaled.groups:
-        rows = rescaled.rows[start : start + num_rows]
+        rows = rescaled.table[start : start + num_rows, 0]
         start += num_rows
         parts = chunks[chunk_id, site.b_offset : site.b_offset + 4 * num_out].view(4, num_out).to(_wide(y))
         base = y[rows].to(parts.dtype)

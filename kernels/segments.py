@@ -79,17 +79,15 @@ class Rescaled:
     numbers of 16 bits are exact enough where one such number is not.
     """
 
-    rows: Tensor  # int64 [num_rows]: rows of the flat batch, grouped by adapter
-    chunk_ids: Tensor  # int64 [num_rows]
-    groups: tuple[tuple[int, int], ...]  # of `rows`, for ops that read on the host: how many, and their chunk id
+    table: Tensor  # int64 [num_rows, 2]: rows of the flat batch, grouped by adapter, and the chunk of each
+    groups: tuple[tuple[int, int], ...]  # of the table, for ops that read on the host: how many rows, and their chunk
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]], chunk_ids: Sequence[int], device: torch.device) -> "Rescaled":
         """From each adapter's rows (not empty) and the chunk of its magnitudes."""
-        groups = tuple((len(those), chunk_id) for those, chunk_id in zip(rows, chunk_ids, strict=True))
-        flat = [[row, chunk_id] for those, chunk_id in zip(rows, chunk_ids, strict=True) for row in those]
-        table = torch.tensor(flat, dtype=torch.int64).t().contiguous()
+        adapters = list(zip(rows, chunk_ids, strict=True))
+        table = torch.tensor([[row, chunk_id] for those, chunk_id in adapters for row in those], dtype=torch.int64)
         if device.type == "cuda":  # from pageable memory the copy would wait for what is enqueued
             table = table.pin_memory()
-        on_device = table.to(device, non_blocking=True)
-        return cls(on_device[0], on_device[1], groups)
+        groups = tuple((len(those), chunk_id) for those, chunk_id in adapters)
+        return cls(table.to(device, non_blocking=True), groups)

@@ -97,7 +97,9 @@ class TritonRunner:
             eager = eager_step(rows, self.kv_cache, self._config, self._last_tokens)
             self._best(self._forward(rows, eager, []), eager)
             if self.pool is not None:
-                self._forward(rows, eager, [(0, (0,), list(range(num_tokens)))])
+                all_rows = list(range(num_tokens))
+                rescaled = Rescaled.of([all_rows], [0], self.pool.chunks.device)
+                self._forward(rows, eager, [(0, (0,), all_rows)], rescaled)
         self._warm_up_draws()
 
     def _warm_up_draws(self) -> None:

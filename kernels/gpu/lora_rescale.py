@@ -14,12 +14,12 @@ from kernels.segments import LoraSite, Rescaled
 
 @triton.jit
 def _lora_rescale(
-    y, chunks, rows, chunk_ids, y_stride, chunk_stride, offset, N: tl.constexpr, BLOCK: tl.constexpr,
+    y, chunks, table, y_stride, chunk_stride, offset, N: tl.constexpr, BLOCK: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_start(IS_EARLY)
-    row = tl.load(rows + tl.program_id(0))
-    chunk = tl.load(chunk_ids + tl.program_id(0))
+    row = tl.load(table + 2 * tl.program_id(0))
+    chunk = tl.load(table + 2 * tl.program_id(0) + 1)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < N
     parts = chunks + chunk * chunk_stride + offset + columns
@@ -39,7 +39,5 @@ def lora_rescale(y: Tensor, chunks: Tensor, site: LoraSite, rescaled: Rescaled) 
     assert y.shape[1] == num_columns and y.stride(1) == 1 and chunks.stride(1) == 1
     shape = launch.rescale_shape(num_columns)
     variant = launch.variant(_lora_rescale, num_warps=shape.num_warps, early=True, N=num_columns, BLOCK=shape.block)
-    grid = (len(rescaled.rows), -(-num_columns // shape.block))
-    launch.run(
-        variant, grid, y, chunks, rescaled.rows, rescaled.chunk_ids, y.stride(0), chunks.stride(0), site.b_offset
-    )
+    grid = (len(rescaled.table), -(-num_columns // shape.block))
+    launch.run(variant, grid, y, chunks, rescaled.table, y.stride(0), chunks.stride(0), site.b_offset)
