@@ -48,6 +48,7 @@ class AdapterPool:
         self._arriving: dict[int, torch.cuda.Event] = {}  # by generation: recorded behind its copy
         self._residents: dict[int, ResidentAdapter] = {}
         self._owners: dict[int, int] = {}  # chunk id → generation
+        self.rare: set[int] = set()  # generations in the pool that are more than a sum in the layers: Parts.is_sum
 
     def upload(self, generation: int, packed: PackedAdapter, chunk_ids: Sequence[int]) -> None:
         """Copy an adapter into the given free chunks, which become its own until remove.
@@ -68,6 +69,8 @@ class AdapterPool:
             self._arriving[generation] = self._copies.record_event()
         self._owners.update(dict.fromkeys(chunk_ids, generation))
         self._residents[generation] = ResidentAdapter(tuple(chunk_ids), scales, packed.parts)
+        if not packed.parts.is_sum:
+            self.rare.add(generation)
 
     def is_ready(self, generation: int) -> bool:
         """Whether an uploaded adapter's copy is done. Never waits."""
@@ -79,6 +82,7 @@ class AdapterPool:
     def remove(self, generation: int) -> None:
         """Forget an adapter; its chunks may be given to another, whose copy comes behind this one's and its steps."""
         self._arriving.pop(generation, None)
+        self.rare.discard(generation)
         if self._copies is not None:
             self._freed = torch.cuda.current_stream().record_event()
         for chunk_id in self._residents.pop(generation).all_chunk_ids:

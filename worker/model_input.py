@@ -155,7 +155,6 @@ class LoraPlanner:
         key = (shape, [resident.all_chunk_ids for resident in residents.values()])
         if self._key != key:
             rows = _rows_by_generation(shape)
-            rows.pop(BASE_GENERATION, None)
             self._planned = self._lora(residents, rows), edges_of(rows, self._pool)
             self._key = key
         return self._planned

@@ -15,7 +15,7 @@ from worker.models.decoder import Decoder
 from worker.prompt_logprobs import score_prompts
 from worker.sampler import Sampler
 from worker.sequence import ScheduledSequence
-from worker.step_extras import edges_of, rows_by_generation
+from worker.step_extras import edges_of_each
 
 
 class ModelRunner:
@@ -57,4 +57,4 @@ class ModelRunner:
         return LaunchedStep(self._sampler, self._last_tokens, sampled, list(range(len(sampled))), logits, scores=scores)
 
     def _logits(self, hidden: Tensor, generations: list[int]) -> Tensor:
-        return self.model.logits(hidden, edges_of(rows_by_generation(generations), self.pool))
+        return self.model.logits(hidden, edges_of_each(generations, self.pool))

@@ -21,7 +21,7 @@ from worker.paged_input import BUCKETS, Adapted, EagerStep, StepRows, adapted_ro
 from worker.prompt_logprobs import is_scored, score_prompts
 from worker.sampler import Draws, Sampler
 from worker.sequence import ScheduledSequence, Sequence
-from worker.step_extras import edges_of, rescaled_of, rows_by_generation
+from worker.step_extras import edges_of, edges_of_each, rescaled_of
 
 WARM_UP_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -81,8 +81,8 @@ class TritonRunner:
 
     def _is_rare(self, batch: list[ScheduledSequence], adapted: list[Adapted]) -> bool:
         """Whether a step needs what no graph has: prompts scored, magnitudes, changes of the embeddings or the head."""
-        has_extras = any(not self.pool.resident(generation).parts.is_sum for generation, *_ in adapted if self.pool)
-        return has_extras or any(map(is_scored, batch))
+        rare = self.pool.rare if self.pool is not None else set()
+        return any(map(is_scored, batch)) or any(generation in rare for generation, *_ in adapted)
 
     @torch.inference_mode()
     def warm_up(self, max_tokens: int) -> None:
@@ -130,7 +130,7 @@ class TritonRunner:
         return self.model.forward(self._last_tokens.ids(eager.codes), step)
 
     def _logits(self, hidden: Tensor, generations: list[int]) -> Tensor:
-        return self.model.logits(hidden, edges_of(rows_by_generation(generations), self.pool))
+        return self.model.logits(hidden, edges_of_each(generations, self.pool))
 
     def _best(self, hidden: Tensor, eager: EagerStep) -> tuple[Tensor, Tensor]:
         """Logits and best tokens of the rows that sample; the next step finds them."""
