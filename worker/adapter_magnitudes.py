@@ -25,7 +25,7 @@ def fold_magnitudes(
 ) -> tuple[dict[Place, LoraWeight], dict[Place, Rescale]]:
     """Weights without magnitudes, and what happens to the base's share. base: of the model that the adapter is for.
 
-    Reads all weights that are targeted: an 8B model's take some 20 s of one core. Raises AdapterError.
+    Reads all weights that are targeted, a few rows at a time: seconds for a model of billions. Raises AdapterError.
     """
     folded, rescales = {}, {}
     for place, weight in weights.items():
