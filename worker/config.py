@@ -131,6 +131,11 @@ class WorkerConfig:
     cuda_graph_max_bs: int = _setting(
         256, "sequences in the largest step that is captured as a CUDA graph; without a GPU there are none"
     )
+    cuda_graph_dora: bool = _setting(
+        False,
+        "capture steps with DoRA adapters too, which otherwise run without a graph; it makes the start longer",
+        action="store_true",
+    )
     mem_fraction: float | None = _setting(
         None,
         "share of the memory free after the model is loaded that KV and adapters take",

@@ -65,24 +65,20 @@ class TritonRunner:
         rows = lay_out(batch, self._buckets)
         adapted = adapted_rows(rows, self.pool)
         sampled = [scheduled for scheduled in batch if scheduled.samples]
-        if self._graphs is not None and self._graphs.fits(rows) and not self._is_rare(batch, adapted):
-            tokens, logits = self._graphs.replay(rows, adapted)
+        of_adapters = {generation: of_adapter for generation, _, of_adapter in adapted}
+        rescaled, edges = rescaled_of(of_adapters, self.pool), edges_of(of_adapters, self.pool)
+        is_plain = edges is None and not any(map(is_scored, batch))
+        if self._graphs is not None and is_plain and self._graphs.fits(rows, rescaled):
+            tokens, logits = self._graphs.replay(rows, adapted, rescaled)
             of_sampled = [row for row, scheduled in enumerate(batch) if scheduled.samples]
             return LaunchedStep(self._sampler, self._last_tokens, sampled, of_sampled, logits, tokens)
         eager = eager_step(rows, self.kv_cache, self._config, self._last_tokens)
-        of_adapters = {generation: of_adapter for generation, _, of_adapter in adapted}
-        rescaled, edges = rescaled_of(of_adapters, self.pool), edges_of(of_adapters, self.pool)
         hidden = self._forward(rows, eager, [entry for entry in adapted if entry[1]], rescaled, edges)
         scores = score_prompts((*rows.decodes, *rows.prefills), rows.first_rows, hidden, self._logits)
         logits, tokens = self._best(hidden, eager)
         place = {scheduled.sequence.sequence_id: row for row, scheduled in enumerate(eager.sampled)}
         of_sampled = [place[scheduled.sequence.sequence_id] for scheduled in sampled]
         return LaunchedStep(self._sampler, self._last_tokens, sampled, of_sampled, logits, tokens, scores)
-
-    def _is_rare(self, batch: list[ScheduledSequence], adapted: list[Adapted]) -> bool:
-        """Whether a step needs what no graph has: prompts scored, magnitudes, changes of the embeddings or the head."""
-        rare = self.pool.rare if self.pool is not None else set()
-        return any(map(is_scored, batch)) or any(generation in rare for generation, *_ in adapted)
 
     @torch.inference_mode()
     def warm_up(self, max_tokens: int) -> None:

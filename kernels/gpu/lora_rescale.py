@@ -21,7 +21,7 @@ def _lora_rescale(
     row = tl.load(table + 2 * tl.program_id(0))
     chunk = tl.load(table + 2 * tl.program_id(0) + 1)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < N
+    mask = columns < tl.where(row >= 0, N, 0)
     parts = chunks + chunk * chunk_stride + offset + columns
     factor = tl.load(parts, mask=mask, other=0.0).to(tl.float32)
     factor += tl.load(parts + N, mask=mask, other=0.0).to(tl.float32)
@@ -34,7 +34,7 @@ def _lora_rescale(
 
 
 def lora_rescale(y: Tensor, chunks: Tensor, site: LoraSite, rescaled: Rescaled) -> None:
-    """Semantics: kernels.reference_lora.lora_rescale, in place."""
+    """Semantics: kernels.reference_lora.lora_rescale, in place. Entries of the table whose row is -1 do nothing."""
     num_columns = sum(site.out_features)
     assert y.shape[1] == num_columns and y.stride(1) == 1 and chunks.stride(1) == 1
     shape = launch.rescale_shape(num_columns)

@@ -31,3 +31,19 @@ def test_rescale(outs: tuple[int, ...], dtype: torch.dtype) -> None:
     others = sorted(set(range(13)) - {row for rows in ROWS for row in rows})
     assert torch.equal(y[others], before[others])
     assert not torch.equal(expected[7], before[7].double().cpu())
+
+
+def test_a_table_is_used_again_for_other_rows() -> None:
+    """What a captured graph sees: the same address with many rows, none, others."""
+    site, chunks = magnitudes((72,), torch.float32)
+    table = torch.full((6, 2), -1, dtype=torch.int64, device=DEVICE)
+    for rows in (ROWS, [[], [], []], [[1], [], [0]]):
+        entries = [[row, chunk_id] for those, chunk_id in zip(rows, (4, 0, 2), strict=True) for row in those]
+        table.fill_(-1)
+        table[: len(entries)] = torch.tensor(entries, dtype=torch.int64).view(-1, 2)
+        y = randn(4, 13, 72, dtype=torch.float32)
+        expected = y.double().cpu()
+        for row, chunk_id in entries:
+            rescale_twin(expected, chunks.double().cpu(), site, Rescaled.of([[row]], [chunk_id], torch.device("cpu")))
+        lora_rescale(y, chunks, site, Rescaled(table, ()))
+        assert relative_error(y, expected) <= 1e-6

@@ -3,11 +3,14 @@
 Needs a GPU, where it runs in float32 with and without CUDA graphs, or Triton's interpreter, where it takes a minute.
 """
 
+import contextlib
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.worker.test_rare_adapters import ASKED, NUM_CHUNKS, NUM_OUTPUTS, PROMPT, Answer, check, expected, load_all
 from tests.worker.test_rare_adapters import files as files
@@ -20,29 +23,45 @@ pytestmark = [
     *filters,
 ]
 expected = expected  # a fixture
-GRAPH_ROWS = [0, 20] if DEVICE.type == "cuda" else [0]
+GRAPHS = [(0, False), (20, False), (20, True)] if DEVICE.type == "cuda" else [(0, False)]  # rows, with magnitudes
 
 
-@pytest.mark.parametrize("graph_rows", GRAPH_ROWS)
+@contextlib.contextmanager
+def waiting_for_the_gpu_is_an_error() -> Iterator[None]:
+    if DEVICE.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("graphs", GRAPHS)
 def test_all_mixed(
-    files: Path, expected: dict[str, tuple[Answer, list[float]]], tmp_path: Path, graph_rows: int
+    files: Path, expected: dict[str, tuple[Answer, list[float]]], tmp_path: Path, graphs: tuple[int, bool]
 ) -> None:
-    driver = triton_driver(files / "model", num_chunks=NUM_CHUNKS, graph_rows=graph_rows)
+    driver = triton_driver(files / "model", num_chunks=NUM_CHUNKS, graph_rows=graphs[0], with_magnitudes=graphs[1])
     generations = load_all(driver, files, tmp_path / "store")
     rng = random.Random(5)
     rows = [(name, driver.add(PROMPT, generation, ASKED)) for name, generation in [*generations.items()] * 2]
     while unfinished := [s for _, s in rows if s.num_tokens - s.num_prompt_tokens < NUM_OUTPUTS]:
         chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
-        driver.step_ahead([(s, rng.randint(1, s.num_uncomputed_tokens)) for s in chosen])
+        step = [(s, rng.randint(1, s.num_uncomputed_tokens)) for s in chosen]
+        with waiting_for_the_gpu_is_an_error():
+            driver.step_ahead(step)
     driver.collect()
     for name, sequence in rows:
         check(driver, sequence, expected[name])
 
 
 def test_plain_and_base_rows_are_the_same_to_the_bit_whatever_is_beside_them(files: Path, tmp_path: Path) -> None:
-    for graph_rows in GRAPH_ROWS:
-        driver = triton_driver(files / "model", num_chunks=NUM_CHUNKS, graph_rows=graph_rows)
-        generations = load_all(driver, files, tmp_path / f"store{graph_rows}")
+    for graph_rows, with_magnitudes in GRAPHS:
+        driver = triton_driver(
+            files / "model", num_chunks=NUM_CHUNKS, graph_rows=graph_rows, with_magnitudes=with_magnitudes
+        )
+        generations = load_all(driver, files, tmp_path / "store")
         answers = []
         for mates in (
             ["base", "base", "base"],
