@@ -11,7 +11,7 @@ from worker.adapter_config import CONFIG_FILE, AdapterError, beyond_limit, inval
 from worker.adapter_magnitudes import check_rescales, fold_magnitudes
 from worker.adapter_source import SourceDirectory
 from worker.adapter_store import MAX_JSON_BYTES, Incoming, copy_in
-from worker.adapter_targets import Place, Target, find_targets
+from worker.adapter_targets import OUTSIDE, Place, Target, find_targets
 from worker.adapter_tensors import MAX_HEADER_BYTES, check_finite, read_weights
 from worker.adapter_weights import LoraWeight, Rescale, pack_adapter
 from worker.checkpoint import Checkpoint
@@ -80,8 +80,9 @@ class AdapterPacker:
         config = parse_config((directory / CONFIG_FILE).read_bytes())
         targets = find_targets(config, self._layout.num_layers, self._layout.edges)
         self._check_limits(targets)
+        needs_base = config.use_dora or any(layer == OUTSIDE for layer, _ in targets)
         try:
-            base = None if self._model_dir is None else Checkpoint(self._model_dir)
+            base = Checkpoint(self._model_dir) if needs_base and self._model_dir is not None else None
             weights = read_weights(directory, targets, self._layout, config.use_dora, base)
             weights, rescales = self._folded(weights, base) if config.use_dora else (weights, {})
         except ModelError as error:

@@ -59,14 +59,14 @@ PROMPT = [9, 1, 17, 200]
 ASKED = SamplingParams(max_tokens=64, temperature=0.0, logprobs=1, prompt_logprobs=0)
 
 
-def save_adapter(model_dir: Path, adapter_dir: Path, lora: dict[str, Any]) -> None:
-    """A random adapter whose magnitudes are not what they begin as, saved by PEFT."""
+def save_adapter(model_dir: Path, adapter_dir: Path, lora: dict[str, Any], moved: bool = True) -> None:
+    """A random adapter, saved by PEFT; its magnitudes are moved from what they begin as, which is ‖W + ΔW‖."""
     torch.manual_seed(len(adapter_dir.name))
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     config = LoraConfig(lora_alpha=9, init_lora_weights=False, task_type="CAUSAL_LM", **lora)
     model = get_peft_model(base, config)
     for name, parameter in model.named_parameters():
-        if "lora_magnitude" in name:
+        if "lora_magnitude" in name and moved:
             parameter.data *= 0.3 + 1.4 * torch.rand(len(parameter))
         elif "lora_embedding" in name or "lm_head.lora" in name:
             parameter.data *= 0.2
@@ -237,6 +237,25 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object], dict[s
 }
 
 
+def test_dora_with_the_lengths_that_it_has_anyway_is_the_plain_adapter(files: Path, tmp_path: Path) -> None:
+    save_adapter(files / "model", tmp_path / "dora", ADAPTERS["dora"], moved=False)
+
+    def strip(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if "magnitude" in name]:
+            del weights[name]
+
+    edited(tmp_path / "dora", tmp_path / "plain", strip, use_dora=False)
+    loader, driver = loader_of(files, tmp_path / "store"), Driver.of(files / "model", num_chunks=3)
+    found = []
+    for generation, name, chunk_ids in ((1, "dora", (2, 0)), (2, "plain", (1,))):
+        assert driver.runner.pool is not None
+        driver.runner.pool.upload(generation, loader.load(str(tmp_path / name), trusted=True), chunk_ids)
+        sequence = driver.add(PROMPT, generation, ASKED)
+        driver.finish([sequence], NUM_OUTPUTS)
+        found.append((outputs(sequence), [s.logprob for s in driver.samples[sequence.sequence_id]]))
+    assert found[0][0] == found[1][0] and found[0][1] == pytest.approx(found[1][1], abs=1e-4)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_wrong_is_refused_by_name(fault: str, files: Path, tmp_path: Path) -> None:
     source, change, keys, message = FAULTS[fault]
@@ -253,10 +272,13 @@ def test_without_the_base_models_weights_they_are_refused(files: Path, tmp_path:
             loader.load(str(files / name), trusted=True)
 
 
-def test_base_weights_gone_are_an_error_of_the_server(files: Path, tmp_path: Path) -> None:
+def test_base_weights_gone_are_an_error_of_the_server_and_plain_adapters_need_none(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "model", "smollm")
+    for name in ("plain", "dora"):
+        save_adapter(tmp_path / "model", tmp_path / name, ADAPTERS[name])
     loader = loader_of(tmp_path, tmp_path / "store")
     (tmp_path / "model" / "model.safetensors").unlink()
+    assert loader.load(str(tmp_path / "plain"), trusted=True).parts.is_sum
     with pytest.raises(AdapterError) as refused:
-        loader.load(str(files / "dora"), trusted=True)
+        loader.load(str(tmp_path / "dora"), trusted=True)
     assert refused.value.error.code is ErrorCode.INTERNAL
