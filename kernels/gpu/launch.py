@@ -258,6 +258,11 @@ def silu_shape(num_columns: int) -> Shape:
     return Shape(min(1024, padded(num_columns)), 4)
 
 
+def rescale_shape(num_columns: int) -> Shape:
+    """A piece of one row a program."""
+    return Shape(min(1024, padded(num_columns)), 4)
+
+
 def silu_lora_shape(num_columns: int, rows: int) -> Shape:
     """8 adapters at 64 rows: 8.5 us in tiles of 128 columns, 7.1 of 256, 7.7 of 512; with 16 rows 128 is best."""
     return Shape(min({8: 256, 16: 128}.get(rows, 64), padded(num_columns)), 4)

@@ -38,6 +38,7 @@ def triton_driver(
     graph_rows: int = 0,
     max_model_len: int = 256,
     seed: int = 0,
+    with_magnitudes: bool = False,
 ) -> Driver:
     """graph_rows: sequences in the largest captured step; 0: no graphs. What no one wrote is NaN."""
     model, config = load_model(model_dir, dtype, DEVICE, ops=triton_ops())
@@ -51,6 +52,6 @@ def triton_driver(
     if graph_rows:
         last_tokens = LastTokens(config.vocab_size, 64, DEVICE)
         sizes = {"max_rows": graph_rows, "max_chunks": max_chunks, "max_model_len": max_model_len}
-        graphs = DecodeGraphs(model, config, cache, pool, last_tokens, **sizes)
+        graphs = DecodeGraphs(model, config, cache, pool, last_tokens, with_magnitudes=with_magnitudes, **sizes)
     shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
     return Driver(TritonRunner(model, config, cache, pool, max_chunks=max_chunks, graphs=graphs), shuffled)
