@@ -7,76 +7,13 @@ and always is in the private store, from which it comes back by digest. Nothing 
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from protocol.errors import Error, ErrorCode
-from protocol.messages import AdapterInfo, AdapterMemory, AdapterState, AdapterUsage
+from protocol.messages import AdapterMemory, AdapterState
+from worker.adapter import Adapter
 from worker.arena import Arena
 
 MAX_ADAPTERS = 16_384  # names and draining generations together
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Adapter:
-    """One generation."""
-
-    generation: int
-    name: str
-    digest: str
-    source: str
-    rank: int
-    modules: tuple[str, ...]
-    num_bytes: int
-    stored_bytes: int  # in the private store
-    num_chunks: int
-    pinned: bool
-    created: int  # unix seconds
-    state: AdapterState = AdapterState.READY
-    unloaded: bool = False  # taken away on purpose: nothing new may start on it, unlike on a replaced one
-    num_sequences: int = 0  # unfinished sequences bound to it
-    num_running: int = 0  # those of them whose steps need it on the device
-    chunk_ids: tuple[int, ...] = ()  # its pages of the arena; empty: not on the device
-    arriving: bool = False  # its copy to chunk_ids is not done
-    used_at: int = 0  # the arena's tick at which it came to the device or a sequence last ran with it
-    in_host: bool = False
-    num_requests: int = 0  # sequences ever bound to it
-    num_hits: int = 0
-    num_misses: int = 0
-    missed: bool = False  # a sequence waits for its copy
-    last_used: int = 0  # unix seconds
-
-    @property
-    def idle(self) -> bool:
-        """Whether its chunks may go to another adapter, or to KV."""
-        return bool(self.chunk_ids) and not self.num_running and not self.pinned and not self.arriving
-
-    def info(self) -> AdapterInfo:
-        """As gateways see it."""
-        return AdapterInfo(
-            name=self.name,
-            generation=self.generation,
-            digest=self.digest,
-            state=self.state,
-            source=self.source,
-            pinned=self.pinned,
-            rank=self.rank,
-            modules=list(self.modules),
-            num_bytes=self.num_bytes,
-            created=self.created,
-        )
-
-    def usage(self) -> AdapterUsage:
-        """Where its content is and how it was used."""
-        return AdapterUsage(
-            device_bytes=self.num_bytes if self.chunk_ids else 0,
-            host_bytes=self.num_bytes if self.in_host else 0,
-            disk_bytes=0 if self.state is AdapterState.REMOVED else self.stored_bytes,
-            num_unfinished=self.num_sequences,
-            num_requests=self.num_requests,
-            num_hits=self.num_hits,
-            num_misses=self.num_misses,
-            last_used=self.last_used,
-        )
 
 
 class AdapterCache:
@@ -101,6 +38,7 @@ class AdapterCache:
         self._adapters: dict[int, Adapter] = {}
         self._num_chunks = 0  # on the device
         self._idle: dict[int, int] = {}  # generations that are idle, and their chunks
+        self._first_idle: Adapter | None = None  # to go; None: there is none, or it is to be looked up
         self._device: OrderedDict[int, None] = OrderedDict()  # generations on the device, the first to go first
         self._host: OrderedDict[int, None] = OrderedDict()  # generations in host memory, least recently used first
         self._last_generation = 0
@@ -151,7 +89,7 @@ class AdapterCache:
         repinned: the generation itself, when only its pin is to change.
         """
         replaced = self._names.get(name)
-        others = [a for a in self._adapters.values() if a.pinned and a.generation != replaced]
+        others = {a for a in self._adapters.values() if a.pinned and a.generation != replaced}
         if pinned and len(others) >= self._max_per_batch - 1:
             return _limit(
                 f"adapter '{name}' cannot be pinned: {len(others)} are, and at most --max-loras-per-batch minus one"
@@ -221,11 +159,13 @@ class AdapterCache:
         adapter.num_sequences += 1
         adapter.num_requests += 1
         adapter.last_used = int(time.time())
+        self._note_idle(adapter)
 
     def let_go(self, adapter: Adapter) -> bool:
         """One less; true if that was the end of a draining generation."""
         adapter.num_sequences -= 1
         adapter.last_used = int(time.time())
+        self._note_idle(adapter)
         if adapter.state is AdapterState.DRAINING and not adapter.num_sequences:
             self._remove(adapter)
             return True
@@ -250,6 +190,10 @@ class AdapterCache:
         num_idle, arena = self.num_idle_chunks, self._arena
         in_arena = arena.num_free_pages + arena.num_unused_pages + num_idle
         return adapter.num_chunks <= min(in_arena, self.max_chunks - self._num_chunks + num_idle)
+
+    def has_free_places(self, adapter: Adapter) -> bool:
+        """Whether `place` would push nothing out."""
+        return adapter.num_chunks <= min(self._arena.num_free_pages, self.max_chunks - self._num_chunks)
 
     def place(self, adapter: Adapter) -> bool:
         """Gives an adapter its chunks, for which idle ones and cached KV may have to leave. False: there is no room."""
@@ -318,7 +262,8 @@ class AdapterCache:
         self._note_idle(adapter)
 
     def _note_idle(self, adapter: Adapter) -> None:
-        """Keeps count; to be called when anything has changed that `idle` depends on."""
+        """Keeps count; to be called when anything has changed that `idle` and the order of going depend on."""
+        self._first_idle = None
         self.num_idle_chunks -= self._idle.pop(adapter.generation, 0)
         if adapter.idle:
             self._idle[adapter.generation] = adapter.num_chunks
@@ -327,8 +272,11 @@ class AdapterCache:
     # ------------------------------------------------------------------------------------------- for the arena
 
     def _first_to_go(self) -> Adapter | None:
-        generation = next((generation for generation in self._device if generation in self._idle), None)
-        return None if generation is None else self._adapters[generation]
+        """The first that no sequence waits for, or failing that the first."""
+        if self._first_idle is None and self._idle:  # it is asked for with every block: looked up once
+            idle = (self._adapters[generation] for generation in self._device if generation in self._idle)
+            self._first_idle = min(idle, key=lambda adapter: adapter.num_sequences > 0)
+        return self._first_idle
 
     @property
     def idle_since(self) -> int | None:
@@ -351,15 +299,27 @@ class AdapterCache:
         self._host[adapter.generation] = None
         self._host.move_to_end(adapter.generation)
         leaving: list[Adapter] = []
-        others = [self._adapters[generation] for generation in self._host]
-        for other in sorted(others, key=lambda other: other.num_sequences > other.num_running):  # wanted ones last
-            if len(self._host) - len(leaving) <= self._max_loaded:
-                break
-            if other is not adapter and not other.pinned:
-                leaving.append(other)
-        for other in leaving:
+        while len(self._host) > self._max_loaded and (other := self._next_to_leave_host(adapter)) is not None:
             self.drop_from_host(other)
+            leaving.append(other)
         return leaving
+
+    def _next_to_leave_host(self, arrived: Adapter) -> Adapter | None:
+        """The least recently used that no sequence waits for, or failing that any that may go."""
+        wanted = None
+        for generation in self._host:
+            adapter = self._adapters[generation]
+            if adapter is arrived or adapter.pinned:
+                continue
+            if adapter.num_sequences == adapter.num_running:
+                return adapter
+            wanted = wanted or adapter
+        return wanted
+
+    def num_spare_host_places(self) -> int:
+        """How many more can come without driving out one that a sequence waits for."""
+        there = (self._adapters[generation] for generation in self._host)
+        return self._max_loaded - sum(adapter.pinned or adapter.num_sequences > 0 for adapter in there)
 
     def touch(self, adapter: Adapter) -> None:
         """The adapter was used."""

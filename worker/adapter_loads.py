@@ -8,7 +8,7 @@ import msgspec
 
 from protocol.errors import Error, ErrorCode
 from protocol.messages import AdapterEntry, LoadAdapter
-from worker.adapter_cache import Adapter
+from worker.adapter import Adapter
 from worker.adapter_config import AdapterError
 from worker.mailbox import Owner
 
@@ -26,6 +26,15 @@ class Waiter:
     owner: Owner
     request_id: int
     deadline_s: float = 0.0
+
+
+@dataclass(slots=True, frozen=True)
+class Failure:
+    """Sequences of a generation that must end with an error; the engine carries it out."""
+
+    generation: int
+    error: Error
+    waiting_only: bool
 
 
 @dataclass(slots=True, eq=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worker.adapter_weights import PackedAdapter
+from worker.adapter_weights import PackedAdapter, Parts
 from worker.chunk_layout import MODULES, ChunkLayout
 from worker.copy_stream import CopyStream
 
@@ -15,8 +15,24 @@ from worker.copy_stream import CopyStream
 class ResidentAdapter:
     """Where an adapter generation lies in the pool."""
 
-    chunk_ids: tuple[int, ...]  # rows of AdapterPool.chunks
+    all_chunk_ids: tuple[int, ...]  # rows of AdapterPool.chunks
     scales: Tensor  # float32 [num_layers, len(MODULES)], on the pool's device
+    parts: Parts  # what the chunks are
+
+    @property
+    def chunk_ids(self) -> tuple[int, ...]:
+        """Of what it has in the layers; none: nothing."""
+        return self.all_chunk_ids[: self.parts.num_layered]
+
+    @property
+    def magnitudes(self) -> int | None:
+        """The chunk of DoRA's magnitudes."""
+        return self.all_chunk_ids[self.parts.num_layered] if self.parts.has_magnitudes else None
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """The chunks of embed_tokens and lm_head."""
+        return self.all_chunk_ids[self.parts.num_chunks - self.parts.num_edges :]
 
 
 class AdapterPool:
@@ -46,6 +62,7 @@ class AdapterPool:
         self._arriving: dict[int, torch.cuda.Event] = {}  # by generation: recorded behind its copy
         self._residents: dict[int, ResidentAdapter] = {}
         self._owners: dict[int, int] = {}  # chunk id → generation
+        self.rare: set[int] = set()  # generations in the pool that are more than a sum in the layers: Parts.is_sum
 
     def upload(
         self, generation: int, packed: PackedAdapter, chunk_ids: Sequence[int], behind_steps: bool = True
@@ -72,7 +89,9 @@ class AdapterPool:
                 raise
             self._arriving[generation] = self._copies.record()
         self._owners.update(dict.fromkeys(chunk_ids, generation))
-        self._residents[generation] = ResidentAdapter(tuple(chunk_ids), scales)
+        self._residents[generation] = ResidentAdapter(tuple(chunk_ids), scales, packed.parts)
+        if not packed.parts.is_sum:
+            self.rare.add(generation)
 
     def _copy(self, packed: PackedAdapter, chunk_ids: Sequence[int]) -> Tensor:
         for chunk_id, chunk in zip(chunk_ids, packed.chunks, strict=True):
@@ -88,10 +107,11 @@ class AdapterPool:
 
     def remove(self, generation: int) -> None:
         """Forget an adapter; its chunks may become another's, or KV: steps launched later wait for its copy."""
+        self.rare.discard(generation)
         event = self._arriving.pop(generation, None)
         if event is not None and self._copies is not None:
             self._copies.hold_steps(event)
-        for chunk_id in self._residents.pop(generation).chunk_ids:
+        for chunk_id in self._residents.pop(generation).all_chunk_ids:
             del self._owners[chunk_id]
 
     def resident(self, generation: int) -> ResidentAdapter:

@@ -3,7 +3,8 @@
 import logging
 from typing import TYPE_CHECKING
 
-from worker.adapter_cache import Adapter, AdapterCache
+from worker.adapter import Adapter
+from worker.adapter_cache import AdapterCache
 
 if TYPE_CHECKING:
     from worker.adapter_pool import AdapterPool

@@ -50,6 +50,11 @@ class BlockManager:
         return min(in_arena, self.num_blocks - self._num_used)
 
     @property
+    def has_free_pages(self) -> bool:
+        """Whether memory is left that holds nothing at all, not even what is cached."""
+        return self._arena.num_free_pages > 0
+
+    @property
     def num_sure(self) -> int:
         """Blocks that one sequence can have in any case, whatever adapters there are."""
         return min(self.num_blocks, self._arena.num_sure_blocks)

@@ -34,10 +34,17 @@ class Driver:
 
     @classmethod
     def of(
-        cls, model_dir: Path, block_size: int = 4, num_blocks: int = 256, num_chunks: int = 0, seed: int = 0
+        cls,
+        model_dir: Path,
+        block_size: int = 4,
+        num_blocks: int = 256,
+        num_chunks: int = 0,
+        seed: int = 0,
+        device: torch.device = CPU,
     ) -> "Driver":
-        model, config = load_model(model_dir, torch.float32, CPU)
-        cache, pool, free = one_memory(config, block_size, num_blocks, num_chunks, torch.float32, CPU, seed)
+        """Made of the torch twins, float32."""
+        model, config = load_model(model_dir, torch.float32, device)
+        cache, pool, free = one_memory(config, block_size, num_blocks, num_chunks, torch.float32, device, seed)
         return cls(ModelRunner(model, config, cache, pool), free)
 
     def add(self, prompt: list[int], generation: int = 0, sampling: SamplingParams = GREEDY, seed: int = 0) -> Sequence:
@@ -77,6 +84,8 @@ class Driver:
         for sequence, sample in zip(sampled, step.collect(), strict=True):
             sequence.num_pending -= 1
             sequence.token_ids.append(sample.token_id)
+            if sequence.matcher is not None:
+                sequence.matcher.accept(sample.token_id)
             self.samples[sequence.sequence_id].append(sample)
 
     def finish(self, sequences: list[Sequence], num_outputs: int, chunk: int = 1 << 30) -> None:

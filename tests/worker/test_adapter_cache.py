@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from protocol.errors import ErrorCode
 from protocol.messages import AdapterState
-from worker.adapter_cache import Adapter, AdapterCache
+from worker.adapter import Adapter
+from worker.adapter_cache import AdapterCache
 
 
 def publish(

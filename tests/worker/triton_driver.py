@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from tests.worker.driver import Driver, one_memory
+from worker.adapter_pool import AdapterPool
 from worker.decode_graphs import DecodeGraphs
 from worker.last_tokens import LastTokens
 from worker.layers.ops import triton_ops
@@ -12,6 +13,17 @@ from worker.triton_runner import TritonRunner
 from worker.weights import load_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def wait_for_adapters(pool: AdapterPool) -> None:
+    """Until what was uploaded is there: no step may use it before."""
+    if pool.chunks.is_cuda:
+        _synchronize()
 
 
 def triton_driver(
@@ -25,13 +37,15 @@ def triton_driver(
     graph_rows: int = 0,
     max_model_len: int = 256,
     seed: int = 0,
+    with_magnitudes: bool = False,
 ) -> Driver:
     """graph_rows: sequences in the largest captured step; 0: no graphs. What no one wrote is NaN."""
     model, config = load_model(model_dir, dtype, DEVICE, ops=triton_ops())
     cache, pool, free = one_memory(config, block_size, num_blocks, num_chunks, dtype, DEVICE, seed)
+    _synchronize()  # uploads go by a stream of their own
     graphs = None
     if graph_rows:
         last_tokens = LastTokens(config.vocab_size, 64, DEVICE)
         sizes = {"max_rows": graph_rows, "max_chunks": max_chunks, "max_model_len": max_model_len}
-        graphs = DecodeGraphs(model, config, cache, pool, last_tokens, **sizes)
+        graphs = DecodeGraphs(model, config, cache, pool, last_tokens, with_magnitudes=with_magnitudes, **sizes)
     return Driver(TritonRunner(model, config, cache, pool, max_chunks=max_chunks, graphs=graphs), free)
