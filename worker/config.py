@@ -99,7 +99,8 @@ class WorkerConfig:
     num_lora_chunks: int | None = _setting(
         None,
         "the most of the device's memory that adapters take, in chunks of rank 16; an adapter of rank r takes r/16 of"
-        " them, rounded up. Idle adapters give way to KV",
+        " them, rounded up, DoRA one more, and embed_tokens with lm_head as many as their own rank. Idle adapters give"
+        " way to KV",
         type=int,
         default_text="all that one longest context of KV leaves; the memory is planned with four for each of"
         " --max-loras-per-batch",

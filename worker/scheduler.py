@@ -291,12 +291,13 @@ class Scheduler:
         """Brings adapters nearer whose turn is next; to the device only where their sequences would fit beside them."""
         lines = self.waiting.next_closed(min(_NUM_PREFETCHED, self._max_adapters))
         has_pages = bool(lines) and not self._is_short and self._blocks.has_free_pages
-        num_needed, is_done = self._promised() if has_pages else 0, True
+        num_blocks, num_chunks, may_copy = self._promised() if has_pages else 0, 0, []
         for line in lines:
-            num_needed += self._blocks.blocks_for(len(line.sequences[0].token_ids))
-            num_free = self._blocks.num_free_beside(self._adapters.num_chunks_to_take(line.generation))
-            is_done &= self._adapters.prefetch(line.generation, may_copy=has_pages and num_needed <= num_free)
-        self._may_prefetch = not is_done
+            num_blocks += self._blocks.blocks_for(len(line.sequences[0].token_ids))
+            num_chunks += self._adapters.num_chunks_to_take(line.generation)
+            may_copy.append(has_pages and num_blocks <= self._blocks.num_free_beside(num_chunks))
+        each = [self._adapters.prefetch(line.generation, may) for line, may in zip(lines, may_copy, strict=True)]
+        self._may_prefetch = not all(each)
 
     def _start(self, sequence: Sequence, budget: int) -> ScheduledSequence:
         is_new = not sequence.num_preemptions

@@ -79,6 +79,20 @@ def test_lru_and_fifo_choose_their_victims() -> None:
         cache.check_integrity()
 
 
+def test_idle_adapters_that_a_sequence_waits_for_leave_last() -> None:
+    cache = cache_of(num_chunks=3)
+    a, b, c, d = (publish(cache, name)[0] for name in "abcd")
+    for adapter in (a, b, c):
+        use(cache, adapter)
+        finish(cache, adapter)
+    cache.retain(a)
+    assert [v.name for v in use(cache, d)] == ["b"]
+    finish(cache, d)
+    cache.let_go(a)
+    assert [v.name for v in use(cache, b)] == ["a"], "and when it waits no longer, it is the oldest again"
+    cache.check_integrity()
+
+
 def test_running_and_pinned_adapters_stay() -> None:
     cache = cache_of(num_chunks=2)
     a, b, c = publish(cache, "a", pinned=True)[0], publish(cache, "b")[0], publish(cache, "c")[0]

@@ -116,6 +116,50 @@ def test_a_prefix_strewn_over_all_pages_does_not_keep_its_own_adapter_out() -> N
     run(harness, 3, [1, *answer([1], 8, "content-a")], 2, generation=1)
 
 
+def busy(**limits: int) -> Harness:
+    """Adapters a, b and c, and a place to run that the base model has."""
+    harness = Harness(blocks_per_page=1, block_size=4, max_running=1, num_chunks=3, num_blocks=64, **limits)
+    for name in "abc":
+        load(harness, name)
+    start(harness, 1, [1], 12)
+    harness.step()
+    return harness
+
+
+def test_an_adapter_is_fetched_ahead_into_a_free_page_and_pushes_nothing_out() -> None:
+    harness = busy(num_pages=8)
+    for request_id, generation in ((2, 1), (3, 2)):
+        start(harness, request_id, [request_id], 2, generation=generation)
+    harness.step()
+    assert on_device(harness) == {"a", "b"}
+    harness.drain()
+    run(harness, 4, list(range(40, 56)), 5)  # five full blocks, which stay cached
+    assert harness.arena is not None and harness.arena.num_free_pages == 0
+    start(harness, 6, [6], 12)
+    harness.step()
+    start(harness, 7, [7], 2, generation=3)
+    while len(harness.tokens(6)) < 4:
+        harness.step()
+        assert "c" not in on_device(harness) and harness.arena.num_free_pages == 0
+    harness.drain()
+    assert harness.tokens(7) == answer([7], 2, "content-c")
+
+
+def test_no_adapter_is_fetched_ahead_whose_sequence_would_find_no_kv_beside_it() -> None:
+    harness = busy(num_pages=8)
+    start(harness, 2, list(range(20, 40)), 1, generation=1)  # five blocks and a chunk; seven pages are free
+    harness.step(2)
+    assert on_device(harness) == {"a"}
+    harness.drain()
+    harness = busy(num_pages=7)
+    start(harness, 2, list(range(10, 26)), 1, generation=1)
+    start(harness, 3, [3], 1, generation=2)  # the page that is left is for the KV of the first
+    harness.step(2)
+    assert on_device(harness) == {"a"}
+    harness.drain()
+    assert harness.tokens(3) == answer([3], 1, "content-b")
+
+
 def test_the_fullest_page_is_used_first_and_a_page_is_free_again_as_a_whole() -> None:
     arena = Arena(3, 4)
     blocks = [arena.take_block() for _ in range(9)]
@@ -155,6 +199,7 @@ events = st.lists(st.one_of(requests, requests, st.integers(0, 30), others), max
     st.sampled_from([(True, True), (True, True), (True, False), (False, False)]),
     st.sampled_from([4, 64]),
     st.sampled_from([0, 5]),
+    st.booleans(),
 )
 def test_any_history_in_one_arena(
     history: list,
@@ -166,6 +211,7 @@ def test_any_history_in_one_arena(
     ahead_and_lazy: tuple[bool, bool],
     num_blocks: int,
     eos_odds: int,
+    is_fair: bool,
 ) -> None:
     """A tuple arrives, a number aborts that request, None lets a step pass; d is pinned, unpinned, loaded anew."""
     num_pages = 3 + -(-24 // (4 * blocks_per_page)) + num_spare  # three chunks, one longest sequence, and little more
@@ -181,6 +227,7 @@ def test_any_history_in_one_arena(
         num_chunks=3,
         policy=policy,
         max_overtake_s=0.5,
+        is_fair=is_fair,
         runs_ahead=ahead_and_lazy[0],
         lazy=ahead_and_lazy[1],
         eos_odds=eos_odds,
