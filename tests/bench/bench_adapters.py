@@ -162,7 +162,7 @@ def check_disk(options: argparse.Namespace) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache).free
     say(
-        f"a chunk is {chunk_bytes / 2**20:.4g} MiB; {packed_bytes / 1e9:.3g} GB of them in {cache}, {free / 1e9:.3g} free"
+        f"a chunk is {chunk_bytes / 2**20:.4g} MiB; all take {packed_bytes / 1e9:.3g} of {free / 1e9:.3g} GB at {cache}"
     )
     if packed_bytes * DISK_MARGIN > free:
         raise RuntimeError("the disk is too small: fewer --layers, or XDG_CACHE_HOME on another")
