@@ -8,7 +8,7 @@ Adapters are registered in steps (--registered). At each, closed-loop clients as
 1/i, and the output tokens a second are printed: is there a cliff? Then, --rounds times in turn, the last traffic again,
 and the same with the less popular ones replaced by some of the same ranks that are there: equal draws and ranks, about
 equally many distinct adapters a step (models_at_once says how many), but no request waits for a copy to the device
-("misses" counts those that do). resident_share is the ratio of the two.
+("misses" counts those that do, of the clients' first short ones too). resident_share is the ratio of the two.
 
 The model has layers of Llama-3.1-8B's shape, but 8 of them instead of 32, since a thousand different adapters of the
 whole model do not fit a disk of 64 GB: a chunk is 20 MiB and a step takes a quarter, so copies weigh as much against
