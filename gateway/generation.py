@@ -128,6 +128,8 @@ class Generation:
             if (error := check_generate(command, lease.model)) is not None:
                 raise self._error(error)
         self._start(commands)
+        for job in plan.jobs[:: plan.num_choices]:
+            lease.quotas.spend(job.adapter, len(job.prompt))
 
     def _command(self, job: Job) -> Generate:
         return Generate(
@@ -174,12 +176,15 @@ class Generation:
         return []
 
     def _take(self, index: int, output: Output, now: float) -> Delta | None:
-        choice = self._choices[index]
+        choice, adapter = self._choices[index], self._plan.jobs[index].adapter
         self._answered = True
         if output.token_ids:
             since = choice.last_s or self._plan.started_s
             self._metrics.on_token(now - since, first=not choice.last_s)
+            if not choice.last_s:
+                self._metrics.on_wait(adapter, now - since)
             choice.last_s = now
+            self.lease.quotas.spend(adapter, len(output.token_ids))
         delta = choice.add(output)
         if delta is not None and delta.finish_reason is not None:
             request_id = self._live.pop(index)

@@ -231,20 +231,21 @@ class AdapterCache:
 
     # -------------------------------------------------------------------------------------------------- device
 
-    def has_room(self, adapter: Adapter) -> bool:
-        """Whether `place` would find room."""
-        return self._victims(adapter.num_chunks) is not None
+    def has_room(self, adapter: Adapter, spare_only: bool = False) -> bool:
+        """Whether `place` would find room. spare_only: without taking it from one that a sequence waits for."""
+        return self._victims(adapter.num_chunks, spare_only) is not None
 
-    def _victims(self, num_chunks: int) -> list[Adapter] | None:
+    def _victims(self, num_chunks: int, spare_only: bool = False) -> list[Adapter] | None:
         victims: list[Adapter] = []
         num_free = len(self._free_chunks)
-        for generation in self._device:
-            if num_free >= num_chunks:
-                break
-            other = self._adapters[generation]
-            if other.idle:
-                victims.append(other)
-                num_free += other.num_chunks
+        for is_wanted in (False,) if spare_only else (False, True):  # those that a sequence waits for go last
+            for generation in self._device:
+                if num_free >= num_chunks:
+                    break
+                other = self._adapters[generation]
+                if other.idle and (other.num_sequences > 0) is is_wanted:
+                    victims.append(other)
+                    num_free += other.num_chunks
         return victims if num_free >= num_chunks else None
 
     def place(self, adapter: Adapter) -> list[Adapter] | None:
@@ -306,6 +307,11 @@ class AdapterCache:
                 return adapter
             wanted = wanted or adapter
         return wanted
+
+    def num_spare_host_places(self) -> int:
+        """How many more can come without driving out one that a sequence waits for."""
+        there = (self._adapters[generation] for generation in self._host)
+        return self._max_loaded - sum(adapter.pinned or adapter.num_sequences > 0 for adapter in there)
 
     def touch(self, adapter: Adapter) -> None:
         """The adapter was used."""

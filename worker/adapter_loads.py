@@ -28,6 +28,15 @@ class Waiter:
     deadline_s: float = 0.0
 
 
+@dataclass(slots=True, frozen=True)
+class Failure:
+    """Sequences of a generation that must end with an error; the engine carries it out."""
+
+    generation: int
+    error: Error
+    waiting_only: bool
+
+
 @dataclass(slots=True, eq=False)
 class Load:
     """A load at work, and everyone who asked for exactly it."""

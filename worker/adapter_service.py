@@ -7,7 +7,6 @@ message. What a load does to others happens in one place, `_publish`: the order 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ from protocol.messages import (
 )
 from worker.adapter_cache import Adapter, AdapterCache
 from worker.adapter_listing import AdapterListing
-from worker.adapter_loads import BROKEN, MAX_LOADS, Load, Loads, Waiter, as_error, conflict, not_loaded
+from worker.adapter_loads import BROKEN, MAX_LOADS, Failure, Load, Loads, Waiter, as_error, conflict, not_loaded
 from worker.background import Background
 from worker.mailbox import Outbox, Owner
 from worker.scheduler import Admission
@@ -34,15 +33,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GONE = Error(ErrorCode.ADAPTER_GONE, "the adapter was unloaded", "model")
-
-
-@dataclass(slots=True, frozen=True)
-class Failure:
-    """Sequences of a generation that must end with an error; the engine carries it out."""
-
-    generation: int
-    error: Error
-    waiting_only: bool
 
 
 class AdapterService:
@@ -124,6 +114,17 @@ class AdapterService:
         self.cache.hold(adapter)
         self.cache.touch(adapter)
         return Admission.GRANTED
+
+    def prefetch(self, generation: int) -> bool:
+        """For the scheduler: see AdapterResidency."""
+        adapter, packed = self.cache.get(generation), self._host.get(generation)
+        assert adapter is not None
+        if packed is None and not adapter.chunk_ids:
+            if len(self._reloading) < self.cache.num_spare_host_places():
+                self._reload(adapter)
+        elif packed is not None and not adapter.chunk_ids and self.cache.has_room(adapter, spare_only=True):
+            self._upload(adapter, packed)
+        return bool(adapter.chunk_ids)
 
     def release(self, generation: int) -> None:
         """For the scheduler: see AdapterResidency."""

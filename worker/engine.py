@@ -21,8 +21,10 @@ from protocol.messages import (
     TokenLogprobs,
     WorkerStatus,
 )
-from worker.adapter_service import AdapterService, Failure
+from worker.adapter_loads import Failure
+from worker.adapter_service import AdapterService
 from worker.block_manager import BlockManager
+from worker.fair_queue import BASE_CLIENT
 from worker.grammar import GrammarError, Matcher
 from worker.grammar_service import GrammarService
 from worker.mailbox import Admin, Cancel, CancelAll, JobDone, Mail, Message, Outbox, Owner, Start, Stop
@@ -177,13 +179,13 @@ class Engine:
 
     def _start_checked(self, owner: Owner, command: Generate, matcher: Matcher | None = None) -> None:
         # The base model's namespace starts with a byte that no digest holds: a salt cannot pass for an adapter.
-        request_id, namespace = command.request_id, b"\0" + command.cache_salt.encode()
+        request_id, namespace, client = command.request_id, b"\0" + command.cache_salt.encode(), BASE_CLIENT
         if command.generation != BASE_GENERATION:
             adapter = self._adapters.bind(command.generation)
             if isinstance(adapter, Error):
                 self._refuse(owner, request_id, adapter)
                 return
-            namespace = adapter.digest.encode() + namespace
+            namespace, client = adapter.digest.encode() + namespace, adapter.name
         self._last_sequence_id += 1
         seed = command.sampling.seed
         sequence = Sequence(
@@ -193,6 +195,7 @@ class Engine:
             sampling=command.sampling,
             seed=secrets.randbits(63) if seed is None else seed,
             generation=command.generation,
+            client=client,
             namespace=namespace,
             owner=(owner, request_id),
             arrival_s=self._clock(),
@@ -341,8 +344,8 @@ class Engine:
             prefix_cache_hits_total=scheduler.num_prefix_hits,
             adapter_loads_total=adapters.num_loads,
             adapter_uploads_total=adapters.num_uploads,
-            running_adapters=adapters.names_of({s.generation for s in scheduler.running}),
-            waiting_adapters=adapters.names_of({s.generation for s in scheduler.waiting}),
+            running_adapters=adapters.names_of(scheduler.running_generations()),
+            waiting_adapters=adapters.names_of(scheduler.waiting.generations()),
             max_loras_per_batch=self._max_loras_per_batch,
         )
 

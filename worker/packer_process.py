@@ -33,7 +33,7 @@ NICENESS = 10  # a load may wait for a core; tokens may not
 LIMIT_S = 120.0  # for one adapter; one of a gigabyte takes some seconds
 END_S = 5.0  # for a process that was killed
 
-Setup = tuple[ChunkLayout, str, AdapterLimits, str]  # what an AdapterPacker is made of
+Setup = tuple[ChunkLayout, str, AdapterLimits, str, str | None]  # what an AdapterPacker is made of
 Order = tuple[str, str]  # a SourceDirectory
 Answer = tuple[str, str] | Error  # an Incoming, or why there is none
 
@@ -47,10 +47,12 @@ class PackerProcess:
         dtype: torch.dtype,
         limits: AdapterLimits,
         store_dir: Path,
+        model_dir: Path | None = None,
         limit_s: float = LIMIT_S,
     ) -> None:
-        """limit_s: for one adapter; a process that takes longer is ended."""
-        self._setup: Setup = (layout, str(dtype).removeprefix("torch."), limits, str(store_dir))
+        """model_dir: of the base weights that DoRA needs. limit_s: for one adapter; a longer process is ended."""
+        of_model = None if model_dir is None else str(model_dir)
+        self._setup: Setup = (layout, str(dtype).removeprefix("torch."), limits, str(store_dir), of_model)
         self._store_dir = store_dir
         self.limit_s = limit_s
         self._process: subprocess.Popen[bytes] | None = None
@@ -143,8 +145,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the worker, whose end ends the input
     os.nice(NICENESS)
     torch.set_num_threads(1)
-    layout, dtype, limits, store_dir = msgspec.json.decode(sys.stdin.buffer.readline(), type=Setup)
-    packer = AdapterPacker(layout, getattr(torch, dtype), limits, Path(store_dir))
+    layout, dtype, limits, store_dir, of_model = msgspec.json.decode(sys.stdin.buffer.readline(), type=Setup)
+    model_dir = None if of_model is None else Path(of_model)
+    packer = AdapterPacker(layout, getattr(torch, dtype), limits, Path(store_dir), model_dir)
     for line in sys.stdin.buffer:
         path, root = msgspec.json.decode(line, type=Order)
         try:

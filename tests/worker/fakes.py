@@ -262,6 +262,7 @@ class Harness:
         num_chunks: int = 4,
         policy: str = "lru",
         max_overtake_s: float = 1.0,
+        is_fair: bool = True,
         enabled: bool = True,
         resolves: bool = False,
         hash_block: Callable[[bytes, bytes], bytes] | None = None,
@@ -301,6 +302,7 @@ class Harness:
             max_prefill_tokens=max_prefill_tokens,
             max_adapters=max_loras_per_batch,
             max_overtake_s=max_overtake_s,
+            is_fair=is_fair,
             clock=lambda: self.now,
         )
         self.runner = FakeRunner(block_size, self.pool, lazy=lazy, eos_odds=eos_odds)
