@@ -222,7 +222,7 @@ class Scheduler:
         turns = Turns(self.waiting, self._is_overdue, quantum=quantum, max_aside=max_aside, long=long)
         try:
             while budget > 0 and len(self.running) < self._max_running:
-                line = turns.next(has_place=len(self._in_step) < self._max_adapters)
+                line = turns.next(self._max_adapters - len(self._in_step))
                 if line is None:
                     break
                 sequence = line.sequences[0]

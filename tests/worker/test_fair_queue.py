@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from protocol.sampling import SamplingParams
 from worker.block_manager import BlockManager
-from worker.fair_queue import BASE_CLIENT, OUTPUT_WEIGHT, FairQueue
+from worker.fair_queue import BASE_CLIENT, OUTPUT_WEIGHT, FairQueue, Kind
 from worker.scheduler import Admission, Scheduler
 from worker.sequence import Sequence, SequenceStatus
 
@@ -313,6 +313,18 @@ def test_the_base_model_goes_on_however_long_an_adapter_waits_for_a_place() -> N
     assert served.tokens[BASE_CLIENT] > 1000
 
 
+def test_a_long_prompt_gets_a_place_among_the_adapters_however_many_short_ones_want_it() -> None:
+    served = Served(max_adapters=1, max_overtake_s=0.2, max_running=16)
+    served.add(0, num_prompt=400, num_answer=1, times=300)  # one after the other is always being computed
+    served.add(1, num_prompt=2, num_answer=20, times=300)
+    served.step(3)
+    (late,) = served.add(2, num_prompt=40, num_answer=1)
+    for generation in range(3, 30):
+        served.add(generation, num_prompt=2, num_answer=20, times=20)
+    served.step(20 + 20 + 50 + 10)  # overdue, the adapter's last answer, the long prompt that is being computed
+    assert late in served.started
+
+
 def test_whoever_gets_a_place_brings_what_waits_behind_it() -> None:
     rows = []
     for num_adapters in (1, 2):
@@ -412,7 +424,7 @@ def test_the_heap_knows_what_sorting_would(history: list[tuple[str, int, int]]) 
         elif operation == "close" and generation in reference.open - {0}:
             queue.close(generation)
             reference.open.remove(generation)
-        line = queue.first_closed(short_only=False)
+        line = queue.first(Kind.CLOSED)
         assert (line.sequences[0] if line else None) is reference.first(queue)
         assert sorted(s.sequence_id for s in queue) == sorted(s.sequence_id for s in reference.sequences)
         queue.check_integrity()
