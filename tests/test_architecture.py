@@ -37,7 +37,7 @@ TORCH_FREE = ["sequence", "fair_queue", "scheduler", "block_manager", "adapter_c
 TORCH_FREE += ["chunk_layout", "config", "grammar"]
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_CODE_LINES = 15_000  # of the four packages; blank lines and comments are free
+MAX_CODE_LINES = 16_000  # of the four packages; blank lines and comments are free
 
 
 def modules(package: str) -> list[Path]:

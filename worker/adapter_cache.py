@@ -138,7 +138,7 @@ class AdapterCache:
         repinned: the generation itself, when only its pin is to change.
         """
         replaced = self._names.get(name)
-        others = [a for a in self._adapters.values() if a.pinned and a.generation != replaced]
+        others = {a for a in self._adapters.values() if a.pinned and a.generation != replaced}
         if pinned and len(others) >= self._max_per_batch - 1:
             return _limit(
                 f"adapter '{name}' cannot be pinned: {len(others)} are, and at most --max-loras-per-batch minus one"
@@ -291,15 +291,22 @@ class AdapterCache:
         self._host[adapter.generation] = None
         self._host.move_to_end(adapter.generation)
         leaving: list[Adapter] = []
-        others = [self._adapters[generation] for generation in self._host]
-        for other in sorted(others, key=lambda other: other.num_sequences > other.num_running):  # wanted ones last
-            if len(self._host) - len(leaving) <= self._max_loaded:
-                break
-            if other is not adapter and not other.pinned:
-                leaving.append(other)
-        for other in leaving:
+        while len(self._host) > self._max_loaded and (other := self._next_to_leave_host(adapter)) is not None:
             self.drop_from_host(other)
+            leaving.append(other)
         return leaving
+
+    def _next_to_leave_host(self, arrived: Adapter) -> Adapter | None:
+        """The least recently used that no sequence waits for, or failing that any that may go."""
+        wanted = None
+        for generation in self._host:
+            adapter = self._adapters[generation]
+            if adapter is arrived or adapter.pinned:
+                continue
+            if adapter.num_sequences == adapter.num_running:
+                return adapter
+            wanted = wanted or adapter
+        return wanted
 
     def num_spare_host_places(self) -> int:
         """How many more can come without driving out one that a sequence waits for."""

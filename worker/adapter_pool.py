@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worker.adapter_weights import PackedAdapter
+from worker.adapter_weights import PackedAdapter, Parts
 from worker.chunk_layout import MODULES, ChunkLayout
 
 
@@ -14,8 +14,24 @@ from worker.chunk_layout import MODULES, ChunkLayout
 class ResidentAdapter:
     """Where an adapter generation lies in the pool."""
 
-    chunk_ids: tuple[int, ...]  # rows of AdapterPool.chunks
+    all_chunk_ids: tuple[int, ...]  # rows of AdapterPool.chunks
     scales: Tensor  # float32 [num_layers, len(MODULES)], on the pool's device
+    parts: Parts  # what the chunks are
+
+    @property
+    def chunk_ids(self) -> tuple[int, ...]:
+        """Of what it has in the layers; none: nothing."""
+        return self.all_chunk_ids[: self.parts.num_layered]
+
+    @property
+    def magnitudes(self) -> int | None:
+        """The chunk of DoRA's magnitudes."""
+        return self.all_chunk_ids[self.parts.num_layered] if self.parts.has_magnitudes else None
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """The chunks of embed_tokens and lm_head."""
+        return self.all_chunk_ids[self.parts.num_chunks - self.parts.num_edges :]
 
 
 class AdapterPool:
@@ -32,6 +48,7 @@ class AdapterPool:
         self._arriving: dict[int, torch.cuda.Event] = {}  # by generation: recorded behind its copy
         self._residents: dict[int, ResidentAdapter] = {}
         self._owners: dict[int, int] = {}  # chunk id → generation
+        self.rare: set[int] = set()  # generations in the pool that are more than a sum in the layers: Parts.is_sum
 
     def upload(self, generation: int, packed: PackedAdapter, chunk_ids: Sequence[int]) -> None:
         """Copy an adapter into the given free chunks, which become its own until remove.
@@ -51,7 +68,9 @@ class AdapterPool:
         if self._copies is not None:
             self._arriving[generation] = self._copies.record_event()
         self._owners.update(dict.fromkeys(chunk_ids, generation))
-        self._residents[generation] = ResidentAdapter(tuple(chunk_ids), scales)
+        self._residents[generation] = ResidentAdapter(tuple(chunk_ids), scales, packed.parts)
+        if not packed.parts.is_sum:
+            self.rare.add(generation)
 
     def is_ready(self, generation: int) -> bool:
         """Whether an uploaded adapter's copy is done. Never waits."""
@@ -63,9 +82,10 @@ class AdapterPool:
     def remove(self, generation: int) -> None:
         """Forget an adapter; its chunks may be given to another, whose copy comes behind this one's and its steps."""
         self._arriving.pop(generation, None)
+        self.rare.discard(generation)
         if self._copies is not None:
             self._freed = torch.cuda.current_stream().record_event()
-        for chunk_id in self._residents.pop(generation).chunk_ids:
+        for chunk_id in self._residents.pop(generation).all_chunk_ids:
             del self._owners[chunk_id]
 
     def resident(self, generation: int) -> ResidentAdapter:

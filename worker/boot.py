@@ -199,6 +199,7 @@ def _make_loader(config: WorkerConfig, base: Base, store_dir: Path) -> AdapterLo
         pin_memory=target.device.type == "cuda",
         resolver=None if config.adapter_resolver is None else Path(config.adapter_resolver),
         source_timeout_s=config.source_timeout,
+        model_dir=base.directory,
     )
 
 
@@ -305,6 +306,7 @@ def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None, sta
         max_rows=min(config.cuda_graph_max_bs, target.max_running_requests),
         max_chunks=max_chunks,
         max_model_len=base.plan.max_model_len,
+        with_magnitudes=config.cuda_graph_dora,
     )
     start_up.done("graphs")
     runner = TritonRunner(decoder, model, kv_cache, pool, max_chunks=max_chunks, graphs=graphs)
