@@ -119,8 +119,8 @@ class AdapterService:
         """For the scheduler: see AdapterResidency."""
         adapter, packed = self.cache.get(generation), self._host.get(generation)
         assert adapter is not None
-        if packed is None and not adapter.chunk_ids:
-            if len(self._reloading) < self.cache.num_spare_host_places():
+        if packed is None and not adapter.chunk_ids and generation not in self._reloading:
+            if self.cache.has_spare_host_place(len(self._reloading)):
                 self._reload(adapter)
         elif packed is not None and not adapter.chunk_ids and self.cache.has_room(adapter, spare_only=True):
             self._upload(adapter, packed)
