@@ -20,13 +20,12 @@ bytes: it falls behind for as long as Turns says, and then comes first.
 
 import math
 from bisect import bisect_left, insort
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from heapq import heappop, heappush, heapreplace
 
-from protocol.messages import BASE_GENERATION
 from worker.sequence import Sequence
 
 BASE_CLIENT = ""  # no adapter can be called so
@@ -40,10 +39,11 @@ Turn = tuple[float, int]  # the client's counter, and the arrival of its first s
 
 @dataclass(slots=True, eq=False)
 class Line:
-    """Waiting sequences to whom everything says the same: one generation's, with long prompts or with short ones."""
+    """Waiting sequences to whom everything says the same: one generation's, or one mix's, with prompts all long or all
+    short."""
 
     client: str
-    generation: int
+    adapters: tuple[int, ...]  # generations that they need in the batch
     is_long: bool
     sequences: list[Sequence] = field(default_factory=list)  # by arrival
     ticket: int = 0  # of its valid entry in the heaps
@@ -56,8 +56,8 @@ class Kind(Enum):
     """What a line's sequences would need of the running batch."""
 
     BASE = auto()  # nothing
-    OPEN = auto()  # an adapter that is in it
-    CLOSED = auto()  # one that is not
+    OPEN = auto()  # adapters that are in it
+    CLOSED = auto()  # one that is not, too
 
 
 class FairQueue:
@@ -75,6 +75,7 @@ class FairQueue:
         self._long_prompt = long_prompt
         self._num_waiting = 0
         self._lines: dict[tuple[int, bool], Line] = {}
+        self._lines_of: defaultdict[int, list[Line]] = defaultdict(list)  # by adapter
         self._open: set[int] = set()  # generations in the running batch
         self._heaps: dict[tuple[Kind, bool], list[Entry]] = {(k, long): [] for k in Kind for long in (False, True)}
         self._last_ticket = 0
@@ -89,8 +90,8 @@ class FairQueue:
         return (sequence for line in self._lines.values() for sequence in line.sequences)
 
     def generations(self) -> set[int]:
-        """Those that something waits for."""
-        return {generation for generation, _ in self._lines}
+        """The adapters that something waits for."""
+        return set(self._lines_of)
 
     def add(self, sequence: Sequence) -> None:
         """Its place is that of its arrival, also if it ran before."""
@@ -99,7 +100,9 @@ class FairQueue:
             self._lift(client)
         line = self._lines.get(key)
         if line is None:
-            line = self._lines[key] = Line(client, *key)
+            line = self._lines[key] = Line(client, sequence.adapters, key[1])
+            for generation in line.adapters:
+                self._lines_of[generation].append(line)
         insort(line.sequences, sequence, key=_arrival)
         self._backlog[client] += 1
         self._num_waiting += 1
@@ -118,10 +121,17 @@ class FairQueue:
         if not self._backlog[line.client]:
             del self._backlog[line.client]
         if not line.sequences:
-            line.ticket = 0
-            del self._lines[key]
+            self._drop(key, line)
         elif not index:
             self._push(line)
+
+    def _drop(self, key: tuple[int, bool], line: Line) -> None:
+        line.ticket = 0
+        del self._lines[key]
+        for generation in line.adapters:
+            self._lines_of[generation].remove(line)
+            if not self._lines_of[generation]:
+                del self._lines_of[generation]
 
     def _key(self, sequence: Sequence) -> tuple[int, bool]:
         return sequence.generation, sequence.num_prompt_tokens > self._long_prompt
@@ -161,12 +171,14 @@ class FairQueue:
     def open(self, generation: int) -> None:
         """An adapter is in the running batch from now on."""
         self._open.add(generation)
-        self._push_all(generation)
+        for line in self._lines_of.get(generation, ()):
+            self._push(line)
 
     def close(self, generation: int) -> None:
         """It is not any more."""
         self._open.remove(generation)
-        self._push_all(generation)
+        for line in self._lines_of.get(generation, ()):
+            self._push(line)
 
     def turn(self, line: Line) -> Turn:
         """When it is a line's turn, against another's."""
@@ -204,14 +216,13 @@ class FairQueue:
 
     def kind(self, line: Line) -> Kind:
         """What a line needs now."""
-        if line.generation == BASE_GENERATION:
+        if not line.adapters:
             return Kind.BASE
-        return Kind.OPEN if line.generation in self._open else Kind.CLOSED
+        return Kind.CLOSED if self.num_missing(line) else Kind.OPEN
 
-    def _push_all(self, generation: int) -> None:
-        for is_long in (False, True):
-            if (line := self._lines.get((generation, is_long))) is not None:
-                self._push(line)
+    def num_missing(self, line: Line) -> int:
+        """Of its adapters, those that are not in the running batch."""
+        return sum(generation not in self._open for generation in line.adapters)
 
     def _push(self, line: Line) -> None:
         self._last_ticket += 1
@@ -241,10 +252,13 @@ class FairQueue:
         assert all(kind is self.kind(line) and is_long is line.is_long for kind, is_long, line in entries)
         assert self._num_waiting == sum(len(line.sequences) for line in self._lines.values())
         assert self._backlog == Counter(sequence.client for sequence in self)
-        for (generation, is_long), line in self._lines.items():
+        assert {id(line) for lines in self._lines_of.values() for line in lines} == {
+            id(line) for line in self._lines.values() if line.adapters
+        }
+        for key, line in self._lines.items():
             ids = [sequence.sequence_id for sequence in line.sequences]
             assert ids and ids == sorted(set(ids))
-            assert all(self._key(sequence) == (generation, is_long) for sequence in line.sequences)
+            assert all(self._key(sequence) == key for sequence in line.sequences)
             assert self._counters[line.client] >= 0
 
 
@@ -285,20 +299,29 @@ class Turns:
 
     def next(self, num_places: int) -> Line | None:
         """Whose turn it is. num_places: how many adapters may join those in the batch."""
-        queue, closed = self._queue, None
-        if self._barrier[0] == math.inf and self._num_closed < self._max_aside:
-            first, closed = queue.first(Kind.CLOSED), queue.first(Kind.CLOSED, self._short_only)
-            # A long one that cannot start now would find its place taken, again and again.
-            is_reserved = first is not None and first is not closed and self._is_overdue(first.sequences[0])
-            if first is not None and num_places <= int(is_reserved):
-                self._wait_for_place(first)
-                closed = None
+        queue, closed = self._queue, self._next_closed(num_places)
         opened = queue.first(Kind.OPEN, self._short_only)
         if opened is not None and queue.turn(opened) > self._barrier:
             opened = None
         lines = (queue.first(Kind.BASE, self._short_only), opened, closed)
         may_start = [line for line in lines if line is not None and queue.turn(line)[0] <= self._highest]
         return min(may_start, key=queue.turn, default=None)
+
+    def _next_closed(self, num_places: int) -> Line | None:
+        queue = self._queue
+        while self._barrier[0] == math.inf and self._num_closed < self._max_aside:
+            first, closed = queue.first(Kind.CLOSED), queue.first(Kind.CLOSED, self._short_only)
+            if first is not None and queue.num_missing(first) > num_places:
+                self._wait_for_place(first)
+            if closed is None or num_places <= 0 or self._barrier[0] < math.inf:
+                return None
+            # A long one that cannot start now would find its place taken, again and again.
+            is_reserved = first is not None and first is not closed and self._is_overdue(first.sequences[0])
+            num_reserved = queue.num_missing(first) if first is not None and is_reserved else 0
+            if queue.num_missing(closed) <= num_places - num_reserved:
+                return closed
+            self.pass_over(closed)  # a mix may want more places than there are
+        return None
 
     def pass_over(self, line: Line, waits_for_place: bool = False) -> None:
         """The line's first sequence cannot start now."""

@@ -54,7 +54,9 @@ class Served:
         self.backlogged: set[str] = set()  # when the last step was planned, from before to after
         self._ids = itertools.count(1)
 
-    def add(self, generation: int, num_prompt: int = 4, num_answer: int = 4, times: int = 1) -> list[Sequence]:
+    def add(
+        self, generation: int, num_prompt: int = 4, num_answer: int = 4, times: int = 1, mixed: tuple[int, ...] = ()
+    ) -> list[Sequence]:
         sequences = []
         for _ in range(times):
             number = next(self._ids)
@@ -67,6 +69,7 @@ class Served:
                 generation=generation,
                 client=f"a{generation}" if generation else BASE_CLIENT,
                 arrival_s=self.now_s,
+                mixed=mixed,
             )
             assert self.scheduler.add(sequence) is None
             sequences.append(sequence)
@@ -336,6 +339,22 @@ def test_whoever_gets_a_place_brings_what_waits_behind_it() -> None:
     assert rows[0] >= 24 and rows[1] >= 48, "one at a time would be 8 and 16"
 
 
+def test_a_mix_takes_as_many_places_as_it_has_adapters_and_none_for_those_that_are_there() -> None:
+    served = Served(max_adapters=2, max_overtake_s=0.3, max_running=8)
+    served.add(1, num_answer=8)
+    served.step()
+    (mix,) = served.add(-1, mixed=(2, 3))  # two places, of which one is free
+    (later,) = served.add(4, num_answer=2)
+    (there,) = served.add(-2, mixed=(1, 4))
+    served.step(2)
+    assert later in served.started and mix not in served.started, "until it is overdue it may be passed"
+    assert there in served.started, "its adapters are in the batch"
+    served.add(1, times=300)
+    served.step(30 + 30)
+    assert mix in served.started
+    served.drain()
+
+
 def test_one_that_is_loading_holds_up_nobody_and_few_are_asked_for_at_once() -> None:
     served = Served(max_adapters=3, max_running=64)
     served.adapters.refused = {generation: Admission.LOADING for generation in range(1, 50)}
@@ -376,10 +395,10 @@ class Reference:
 
     def __init__(self) -> None:
         self.sequences: list[Sequence] = []
-        self.open = {0}
+        self.open: set[int] = set()
 
     def first(self, queue: FairQueue) -> Sequence | None:
-        waiting = [s for s in self.sequences if s.generation not in self.open]
+        waiting = [s for s in self.sequences if not self.open.issuperset(s.adapters)]
         return min(waiting, key=lambda s: (queue.counter(s.client), s.sequence_id), default=None)
 
 
@@ -403,6 +422,7 @@ def test_the_heap_knows_what_sorting_would(history: list[tuple[str, int, int]]) 
             client = f"n{generation // 2}"  # two generations of each name
             sampling = SamplingParams(max_tokens=1)
             sequence = Sequence(next(ids), [1] * number, number, sampling, 0, generation=generation, client=client)
+            sequence.mixed = (2, 3, generation) if generation > 3 else ()
             queue.add(sequence)
             reference.sequences.append(sequence)
         elif operation == "again" and gone:
@@ -418,10 +438,10 @@ def test_the_heap_knows_what_sorting_would(history: list[tuple[str, int, int]]) 
                 queue.remove(sequence)
         elif operation == "charge":
             queue.charge_outputs(f"n{generation // 2}", number)
-        elif operation == "open" and generation not in reference.open:
+        elif operation == "open" and generation not in {0, *reference.open}:
             queue.open(generation)
             reference.open.add(generation)
-        elif operation == "close" and generation in reference.open - {0}:
+        elif operation == "close" and generation in reference.open:
             queue.close(generation)
             reference.open.remove(generation)
         line = queue.first(Kind.CLOSED)
