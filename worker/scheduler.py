@@ -116,7 +116,8 @@ class Scheduler:
         self._schedule_prefills(step, prefills)
         if self._may_prefetch:
             lines = self.waiting.next_closed(min(_NUM_PREFETCHED, self._max_adapters))
-            self._may_prefetch = not all([self._adapters.prefetch(line.generation) for line in lines])
+            generations = [generation for line in lines for generation in line.adapters]
+            self._may_prefetch = not all([self._adapters.prefetch(generation) for generation in generations])
         return list(step.values())
 
     def collect(self, scheduled: ScheduledSequence) -> None:
@@ -144,7 +145,7 @@ class Scheduler:
         assert all(sequence.status is SequenceStatus.RUNNING for sequence in self.running)
         assert [s.sequence_id for s in self.running] == sorted({s.sequence_id for s in self.running})
         assert not any(sequence.block_table for sequence in self.waiting)
-        assert self._in_step == Counter(s.generation for s in self.running if s.generation != BASE_GENERATION)
+        assert self._in_step == Counter(generation for s in self.running for generation in s.adapters)
         assert len(self._in_step) <= self._max_adapters and len(self.running) <= self._max_running
         self._blocks.check_integrity(self.running)
 
@@ -201,12 +202,13 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._blocks.free(sequence)
-        if sequence.generation != BASE_GENERATION:
-            self._in_step[sequence.generation] -= 1
-            if not self._in_step[sequence.generation]:
-                del self._in_step[sequence.generation]
-                self.waiting.close(sequence.generation)
+        for generation in sequence.adapters:
+            self._in_step[generation] -= 1
+            if not self._in_step[generation]:
+                del self._in_step[generation]
+                self.waiting.close(generation)
                 self._may_prefetch = True
+        if sequence.generation != BASE_GENERATION:
             self._adapters.release(sequence.generation)
 
     # ------------------------------------------------------------------------------------------- admission
@@ -222,7 +224,7 @@ class Scheduler:
         turns = Turns(self.waiting, self._is_overdue, quantum=quantum, max_aside=max_aside, long=long)
         try:
             while budget > 0 and len(self.running) < self._max_running:
-                line = turns.next(has_place=len(self._in_step) < self._max_adapters)
+                line = turns.next(self._max_adapters - len(self._in_step))
                 if line is None:
                     break
                 sequence = line.sequences[0]
@@ -264,10 +266,11 @@ class Scheduler:
             return Admission.GRANTED
         admission = self._adapters.acquire(sequence.generation)
         if admission is Admission.GRANTED:
-            if sequence.generation not in self._in_step:
-                self.waiting.open(sequence.generation)
-                self._may_prefetch = True
-            self._in_step[sequence.generation] += 1
+            for generation in sequence.adapters:
+                if generation not in self._in_step:
+                    self.waiting.open(generation)
+                    self._may_prefetch = True
+                self._in_step[generation] += 1
         else:
             self._blocks.free(sequence)
         return admission
