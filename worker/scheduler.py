@@ -66,10 +66,12 @@ class Scheduler:
         max_overtake_s: float,
         is_fair: bool = True,
         weights: Mapping[str, float] = MappingProxyType({}),
+        answer_rows: Callable[[int], int] = lambda num_answers: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """max_prefill_tokens: prompt tokens in one step. max_adapters: distinct adapters in one step, base not counted.
 
+        answer_rows: how many of the prompt tokens so many answers of a step take the place of, up to half of them.
         max_overtake_s: how long, from its arrival, others may freely pass one that waits for a place among the
         adapters. is_fair, weights: see FairQueue.
         """
@@ -82,6 +84,7 @@ class Scheduler:
         self._adapters = adapters
         self._max_running = max_running
         self._max_prefill_tokens = max_prefill_tokens
+        self._answer_rows = answer_rows
         self._max_adapters = max_adapters
         self._quantum = _QUANTUM_STEPS * max_prefill_tokens if is_fair else 0.0
         self._max_overtake_s = max_overtake_s
@@ -116,7 +119,8 @@ class Scheduler:
         self._schedule_prefills(step, prefills)
         if self._may_prefetch:
             lines = self.waiting.next_closed(min(_NUM_PREFETCHED, self._max_adapters))
-            self._may_prefetch = not all([self._adapters.prefetch(line.generation) for line in lines])
+            generations = [generation for line in lines for generation in line.adapters]
+            self._may_prefetch = not all([self._adapters.prefetch(generation) for generation in generations])
         return list(step.values())
 
     def collect(self, scheduled: ScheduledSequence) -> None:
@@ -144,7 +148,7 @@ class Scheduler:
         assert all(sequence.status is SequenceStatus.RUNNING for sequence in self.running)
         assert [s.sequence_id for s in self.running] == sorted({s.sequence_id for s in self.running})
         assert not any(sequence.block_table for sequence in self.waiting)
-        assert self._in_step == Counter(s.generation for s in self.running if s.generation != BASE_GENERATION)
+        assert self._in_step == Counter(generation for s in self.running for generation in s.adapters)
         assert len(self._in_step) <= self._max_adapters and len(self.running) <= self._max_running
         self._blocks.check_integrity(self.running)
 
@@ -152,7 +156,7 @@ class Scheduler:
 
     def _schedule_prefills(self, step: dict[int, ScheduledSequence], prefills: list[Sequence]) -> None:
         """Spends the prefill budget on running prompts and on new sequences."""
-        budget = self._max_prefill_tokens
+        budget = self._max_prefill_tokens - min(self._answer_rows(len(step)), self._max_prefill_tokens // 2)
         long = prefills.pop(0) if prefills and prefills[0].num_uncomputed_tokens > budget else None
         if long is not None:
             budget -= self._extend(step, long, budget - budget // 2)
@@ -201,12 +205,13 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._blocks.free(sequence)
-        if sequence.generation != BASE_GENERATION:
-            self._in_step[sequence.generation] -= 1
-            if not self._in_step[sequence.generation]:
-                del self._in_step[sequence.generation]
-                self.waiting.close(sequence.generation)
+        for generation in sequence.adapters:
+            self._in_step[generation] -= 1
+            if not self._in_step[generation]:
+                del self._in_step[generation]
+                self.waiting.close(generation)
                 self._may_prefetch = True
+        if sequence.generation != BASE_GENERATION:
             self._adapters.release(sequence.generation)
 
     # ------------------------------------------------------------------------------------------- admission
@@ -222,7 +227,7 @@ class Scheduler:
         turns = Turns(self.waiting, self._is_overdue, quantum=quantum, max_aside=max_aside, long=long)
         try:
             while budget > 0 and len(self.running) < self._max_running:
-                line = turns.next(has_place=len(self._in_step) < self._max_adapters)
+                line = turns.next(self._max_adapters - len(self._in_step))
                 if line is None:
                     break
                 sequence = line.sequences[0]
@@ -264,10 +269,11 @@ class Scheduler:
             return Admission.GRANTED
         admission = self._adapters.acquire(sequence.generation)
         if admission is Admission.GRANTED:
-            if sequence.generation not in self._in_step:
-                self.waiting.open(sequence.generation)
-                self._may_prefetch = True
-            self._in_step[sequence.generation] += 1
+            for generation in sequence.adapters:
+                if generation not in self._in_step:
+                    self.waiting.open(generation)
+                    self._may_prefetch = True
+                self._in_step[generation] += 1
         else:
             self._blocks.free(sequence)
         return admission
