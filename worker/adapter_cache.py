@@ -7,6 +7,7 @@ and always is in the private store, from which it comes back by digest. Nothing 
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import islice
 
 from protocol.errors import Error, ErrorCode
 from protocol.messages import AdapterMemory, AdapterState
@@ -316,10 +317,12 @@ class AdapterCache:
             wanted = wanted or adapter
         return wanted
 
-    def num_spare_host_places(self) -> int:
-        """How many more can come without driving out one that a sequence waits for."""
+    def has_spare_host_place(self, num_coming: int) -> bool:
+        """Whether one more than so many can come without driving out one that a sequence waits for."""
+        num_needed = len(self._host) + num_coming + 1 - self._max_loaded
         there = (self._adapters[generation] for generation in self._host)
-        return self._max_loaded - sum(adapter.pinned or adapter.num_sequences > 0 for adapter in there)
+        loose = (a for a in there if not a.pinned and a.num_sequences == a.num_running)
+        return num_needed <= 0 or next(islice(loose, num_needed - 1, None), None) is not None
 
     def touch(self, adapter: Adapter) -> None:
         """The adapter was used."""

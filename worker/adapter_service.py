@@ -23,7 +23,7 @@ from worker.adapter_cache import AdapterCache
 from worker.adapter_listing import AdapterListing
 from worker.adapter_loads import BROKEN, MAX_LOADS, Failure, Load, Loads, Waiter, as_error, conflict, not_loaded
 from worker.adapter_uploads import AdapterUploads
-from worker.background import Background
+from worker.background import Background, log_failure
 from worker.mailbox import Outbox, Owner
 from worker.scheduler import Admission
 
@@ -122,14 +122,15 @@ class AdapterService:
 
     def prefetch(self, generation: int, may_copy: bool) -> bool:
         """For the scheduler: see AdapterResidency."""
-        adapter, packed = self.cache.get(generation), self._host.get(generation)
-        assert adapter is not None
-        if packed is None and not adapter.chunk_ids:
-            if len(self._reloading) < self.cache.num_spare_host_places():
-                self._reload(adapter)
-        elif packed is not None and not adapter.chunk_ids and may_copy and self.cache.has_free_places(adapter):
-            self._upload(adapter, packed)
-        return bool(adapter.chunk_ids)
+        adapter = self.cache.get(generation)
+        if adapter is None or adapter.chunk_ids:
+            return True
+        adapter.missed = True  # however short the wait will be
+        if (packed := self._host.get(generation)) is not None:
+            return may_copy and self.cache.has_free_places(adapter) and self._upload(adapter, packed)
+        if generation not in self._reloading and self.cache.has_spare_host_place(len(self._reloading)):
+            self._reload(adapter)
+        return False
 
     def release(self, generation: int) -> None:
         """For the scheduler: see AdapterResidency."""
@@ -140,7 +141,8 @@ class AdapterService:
     def num_chunks_to_take(self, generation: int) -> int:
         """For the scheduler: see AdapterResidency."""
         adapter = self.cache.get(generation)
-        assert adapter is not None
+        if adapter is None:  # one of a mix may be gone
+            return 0
         return adapter.num_chunks if adapter.idle or not adapter.chunk_ids else 0
 
     def names_of(self, generations: set[int]) -> list[str]:
@@ -288,7 +290,7 @@ class AdapterService:
     def _release(self, loaded: "Adapter | PackedAdapter | Exception") -> None:
         """Gives the store's copy back, beside the engine; of a load that failed there is none."""
         if not isinstance(loaded, Exception):
-            self._reload_background.submit(partial(self._loader.release, loaded.digest), _log_failure)
+            self._reload_background.submit(partial(self._loader.release, loaded.digest), log_failure)
 
     def _reload(self, adapter: Adapter) -> None:
         if adapter.generation not in self._reloading:
@@ -380,8 +382,3 @@ class AdapterService:
         for waiter in waiters:
             reply = AdapterReply(request_id=waiter.request_id, adapter=info, usage=usage, error=error)
             self._outbox.send(waiter.owner, reply)
-
-
-def _log_failure(result: object) -> None:
-    if isinstance(result, Exception):
-        log.error("an adapter's copy could not be removed from the store", exc_info=result)

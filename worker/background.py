@@ -1,11 +1,14 @@
 """Background: a few daemon threads for work that must not stop the engine, such as reading an adapter."""
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
 from worker.mailbox import JobDone, Message
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -39,3 +42,9 @@ class Background:
     def _work(self) -> None:
         while True:
             self._jobs.get()()
+
+
+def log_failure(result: object) -> None:
+    """For a job whose outcome nobody waits for."""
+    if isinstance(result, Exception):
+        log.error("a job in the background failed", exc_info=result)

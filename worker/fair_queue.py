@@ -20,12 +20,12 @@ bytes: it falls behind for as long as Turns says, and then comes first.
 
 import math
 from bisect import bisect_left, insort
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from heapq import heappop, heappush, heapreplace
 
-from protocol.messages import BASE_GENERATION
 from worker.sequence import Sequence
 
 BASE_CLIENT = ""  # no adapter can be called so
@@ -39,20 +39,32 @@ Turn = tuple[float, int]  # the client's counter, and the arrival of its first s
 
 @dataclass(slots=True, eq=False)
 class Line:
-    """Waiting sequences to whom everything says the same: one generation's, with long prompts or with short ones."""
+    """Waiting sequences to whom everything says the same: one generation's, or one mix's, with prompts all long or all
+    short."""
 
     client: str
-    generation: int
+    adapters: tuple[int, ...]  # generations that they need in the batch
     is_long: bool
     sequences: list[Sequence] = field(default_factory=list)  # by arrival
-    ticket: int = 0  # of its valid entry in the heap
+    ticket: int = 0  # of its valid entry in the heaps
+
+
+Entry = tuple[Turn, int, Line]  # with the ticket
+
+
+class Kind(Enum):
+    """What a line's sequences would need of the running batch."""
+
+    BASE = auto()  # nothing
+    OPEN = auto()  # adapters that are in it
+    CLOSED = auto()  # one that is not, too
 
 
 class FairQueue:
     """Lines, and their clients' counters.
 
-    A line is *open* if its adapter is in the running batch already, or if it needs none. There are few of these. The
-    others are in a heap, whose entries may be too low (counters only grow) or stale; both are seen when they come up.
+    Lines are in heaps by kind and length. An entry may be too low, for counters grow, or stale: it is seen when it
+    comes up.
     """
 
     def __init__(self, *, is_fair: bool, weights: Mapping[str, float], long_prompt: int) -> None:
@@ -63,8 +75,9 @@ class FairQueue:
         self._long_prompt = long_prompt
         self._num_waiting = 0
         self._lines: dict[tuple[int, bool], Line] = {}
-        self._open: set[int] = {BASE_GENERATION}
-        self._heaps: tuple[list[tuple[Turn, int, Line]], list[tuple[Turn, int, Line]]] = ([], [])  # short, long
+        self._lines_of: defaultdict[int, list[Line]] = defaultdict(list)  # by adapter
+        self._open: set[int] = set()  # generations in the running batch
+        self._heaps: dict[tuple[Kind, bool], list[Entry]] = {(k, long): [] for k in Kind for long in (False, True)}
         self._last_ticket = 0
         self._counters: dict[str, float] = {}
         self._backlog: Counter[str] = Counter()  # waiting sequences of each client
@@ -77,8 +90,8 @@ class FairQueue:
         return (sequence for line in self._lines.values() for sequence in line.sequences)
 
     def generations(self) -> set[int]:
-        """Those that something waits for."""
-        return {generation for generation, _ in self._lines}
+        """The adapters that something waits for."""
+        return set(self._lines_of)
 
     def add(self, sequence: Sequence) -> None:
         """Its place is that of its arrival, also if it ran before."""
@@ -87,7 +100,9 @@ class FairQueue:
             self._lift(client)
         line = self._lines.get(key)
         if line is None:
-            line = self._lines[key] = Line(client, *key)
+            line = self._lines[key] = Line(client, sequence.adapters, key[1])
+            for generation in line.adapters:
+                self._lines_of[generation].append(line)
         insort(line.sequences, sequence, key=_arrival)
         self._backlog[client] += 1
         self._num_waiting += 1
@@ -106,10 +121,17 @@ class FairQueue:
         if not self._backlog[line.client]:
             del self._backlog[line.client]
         if not line.sequences:
-            line.ticket = 0
-            del self._lines[key]
+            self._drop(key, line)
         elif not index:
             self._push(line)
+
+    def _drop(self, key: tuple[int, bool], line: Line) -> None:
+        line.ticket = 0
+        del self._lines[key]
+        for generation in line.adapters:
+            self._lines_of[generation].remove(line)
+            if not self._lines_of[generation]:
+                del self._lines_of[generation]
 
     def _key(self, sequence: Sequence) -> tuple[int, bool]:
         return sequence.generation, sequence.num_prompt_tokens > self._long_prompt
@@ -123,7 +145,7 @@ class FairQueue:
     def charge_prompt(self, sequence: Sequence, num_tokens: int) -> None:
         """A waiting sequence is admitted; so many of its prompt's tokens are to be computed and not yet counted."""
         if self._is_fair:
-            counter = self._counters[sequence.client]
+            counter = self.counter(sequence.client)
             self._floor = max(self._floor, counter)
             self._counters[sequence.client] = counter + num_tokens / self._weights.get(sequence.client, 1.0)
 
@@ -149,40 +171,34 @@ class FairQueue:
     def open(self, generation: int) -> None:
         """An adapter is in the running batch from now on."""
         self._open.add(generation)
-        for line in self._lines_of(generation):
-            line.ticket = 0
+        for line in self._lines_of.get(generation, ()):
+            self._push(line)
 
     def close(self, generation: int) -> None:
         """It is not any more."""
         self._open.remove(generation)
-        for line in self._lines_of(generation):
+        for line in self._lines_of.get(generation, ()):
             self._push(line)
 
     def turn(self, line: Line) -> Turn:
         """When it is a line's turn, against another's."""
         return self._counters[line.client], line.sequences[0].sequence_id
 
-    def open_lines(self) -> list[Line]:
-        """The lines of adapters in the running batch and of the base model."""
-        return [line for generation in self._open for line in self._lines_of(generation)]
-
-    def is_open(self, line: Line) -> bool:
-        """Whether its adapter is in the running batch, or it needs none."""
-        return line.generation in self._open
+    def first(self, kind: Kind, short_only: bool = False) -> Line | None:
+        """The line of a kind whose turn comes first."""
+        short, long = self._top(self._heaps[kind, False]), None if short_only else self._top(self._heaps[kind, True])
+        if short is None or long is None:
+            return short or long
+        return min(short, long, key=self.turn)
 
     def has_long(self) -> bool:
         """Whether a long prompt waits."""
-        return any(is_long for _, is_long in self._lines)
-
-    def first_closed(self, short_only: bool) -> Line | None:
-        """The other line whose turn comes first."""
-        lines = [line for heap in self._heaps[: 1 if short_only else 2] if (line := self._top(heap)) is not None]
-        return min(lines, key=self.turn, default=None)
+        return any(self._top(self._heaps[kind, True]) is not None for kind in Kind)
 
     def next_closed(self, most: int) -> list[Line]:
-        """The first of the other lines."""
+        """The first of those whose adapters are not in the batch."""
         found: list[Line] = []
-        while len(found) < most and (line := self.first_closed(short_only=False)) is not None:
+        while len(found) < most and (line := self.first(Kind.CLOSED)) is not None:
             self.set_aside(line)
             found.append(line)
         for line in found:
@@ -190,7 +206,7 @@ class FairQueue:
         return found
 
     def set_aside(self, line: Line) -> None:
-        """Makes way for the line behind it, until it is pushed again."""
+        """Makes way for the line behind it, until it is put back."""
         line.ticket = 0
 
     def put_back(self, line: Line) -> None:
@@ -198,20 +214,25 @@ class FairQueue:
         if line.sequences and not line.ticket:
             self._push(line)
 
-    def _lines_of(self, generation: int) -> list[Line]:
-        lines = (self._lines.get((generation, False)), self._lines.get((generation, True)))
-        return [line for line in lines if line is not None]
+    def kind(self, line: Line) -> Kind:
+        """What a line needs now."""
+        if not line.adapters:
+            return Kind.BASE
+        return Kind.CLOSED if self.num_missing(line) else Kind.OPEN
+
+    def num_missing(self, line: Line) -> int:
+        """Of its adapters, those that are not in the running batch."""
+        return sum(generation not in self._open for generation in line.adapters)
 
     def _push(self, line: Line) -> None:
-        if line.generation not in self._open:
-            self._last_ticket += 1
-            line.ticket = self._last_ticket
-            heap = self._heaps[line.is_long]
-            if len(heap) > 2 * len(self._lines) + _SPARE:
-                heap[:] = sorted(entry for entry in heap if entry[1] == entry[2].ticket)
-            heappush(heap, (self.turn(line), line.ticket, line))
+        self._last_ticket += 1
+        line.ticket = self._last_ticket
+        heap = self._heaps[self.kind(line), line.is_long]
+        if len(heap) > 2 * len(self._lines) + _SPARE:
+            heap[:] = sorted(entry for entry in heap if entry[1] == entry[2].ticket)
+        heappush(heap, (self.turn(line), line.ticket, line))
 
-    def _top(self, heap: list[tuple[Turn, int, Line]]) -> Line | None:
+    def _top(self, heap: list[Entry]) -> Line | None:
         while heap:
             turn, ticket, line = heap[0]
             if ticket != line.ticket:
@@ -226,16 +247,19 @@ class FairQueue:
 
     def check_integrity(self) -> None:
         """Asserts that lines, heaps and counts agree."""
-        valid = {id(line) for heap in self._heaps for _, ticket, line in heap if ticket == line.ticket}
+        entries = [(*key, e[2]) for key, heap in self._heaps.items() for e in heap if e[1] == e[2].ticket]
+        assert sorted(id(line) for _, _, line in entries) == sorted(id(line) for line in self._lines.values())
+        assert all(kind is self.kind(line) and is_long is line.is_long for kind, is_long, line in entries)
         assert self._num_waiting == sum(len(line.sequences) for line in self._lines.values())
         assert self._backlog == Counter(sequence.client for sequence in self)
-        for (generation, is_long), line in self._lines.items():
+        assert {id(line) for lines in self._lines_of.values() for line in lines} == {
+            id(line) for line in self._lines.values() if line.adapters
+        }
+        for key, line in self._lines.items():
             ids = [sequence.sequence_id for sequence in line.sequences]
             assert ids and ids == sorted(set(ids))
-            assert all(self._key(sequence) == (generation, is_long) for sequence in line.sequences)
-            assert (id(line) in valid) == (generation not in self._open)
+            assert all(self._key(sequence) == key for sequence in line.sequences)
             assert self._counters[line.client] >= 0
-        assert len(valid) == sum(line.generation not in self._open for line in self._lines.values())
 
 
 class Turns:
@@ -269,28 +293,41 @@ class Turns:
         self._max_aside = max_aside
         self._short_only = long is not None
         self._highest = queue.counter(long.client) if long is not None and queue.has_long() else math.inf
-        self._passed: list[Line] = []  # open ones
         self._aside: list[Line] = []
-        self._barrier: Turn | None = None  # no adapter goes on behind it
+        self._num_closed = 0  # of those
+        self._barrier = (math.inf, 0)  # no adapter goes on behind it
 
-    def next(self, has_place: bool) -> Line | None:
-        """Whose turn it is. has_place: whether an adapter may join those in the batch."""
-        closed = None
-        if self._barrier is None and len(self._aside) < self._max_aside:
-            closed = self._queue.first_closed(self._short_only)
-        if closed is not None and not has_place:
-            self._wait_for_place(closed)
-            closed = None
-        lines = self._queue.open_lines() if closed is None else [closed, *self._queue.open_lines()]
-        return min(filter(self._may_start, lines), key=self._queue.turn, default=None)
+    def next(self, num_places: int) -> Line | None:
+        """Whose turn it is. num_places: how many adapters may join those in the batch."""
+        queue, closed = self._queue, self._next_closed(num_places)
+        opened = queue.first(Kind.OPEN, self._short_only)
+        if opened is not None and queue.turn(opened) > self._barrier:
+            opened = None
+        lines = (queue.first(Kind.BASE, self._short_only), opened, closed)
+        may_start = [line for line in lines if line is not None and queue.turn(line)[0] <= self._highest]
+        return min(may_start, key=queue.turn, default=None)
+
+    def _next_closed(self, num_places: int) -> Line | None:
+        queue = self._queue
+        while self._barrier[0] == math.inf and self._num_closed < self._max_aside:
+            first, closed = queue.first(Kind.CLOSED), queue.first(Kind.CLOSED, self._short_only)
+            if first is not None and queue.num_missing(first) > num_places:
+                self._wait_for_place(first)
+            if closed is None or num_places <= 0 or self._barrier[0] < math.inf:
+                return None
+            # A long one that cannot start now would find its place taken, again and again.
+            is_reserved = first is not None and first is not closed and self._is_overdue(first.sequences[0])
+            num_reserved = queue.num_missing(first) if first is not None and is_reserved else 0
+            if queue.num_missing(closed) <= num_places - num_reserved:
+                return closed
+            self.pass_over(closed)  # a mix may want more places than there are
+        return None
 
     def pass_over(self, line: Line, waits_for_place: bool = False) -> None:
         """The line's first sequence cannot start now."""
-        if self._queue.is_open(line):
-            self._passed.append(line)
-            return
         if waits_for_place:
             self._wait_for_place(line)
+        self._num_closed += self._queue.kind(line) is Kind.CLOSED
         self._queue.set_aside(line)
         self._aside.append(line)
 
@@ -300,17 +337,9 @@ class Turns:
             self._queue.put_back(line)
 
     def _wait_for_place(self, line: Line) -> None:
-        if self._barrier is None and self._is_overdue(line.sequences[0]):
+        if self._barrier[0] == math.inf and self._is_overdue(line.sequences[0]):
             counter, arrival = self._queue.turn(line)
             self._barrier = counter + self._quantum, arrival
-
-    def _may_start(self, line: Line) -> bool:
-        if line in self._passed or (line.is_long and self._short_only):
-            return False
-        turn = self._queue.turn(line)
-        needs_place = line.generation != BASE_GENERATION
-        is_barred = needs_place and self._barrier is not None and turn > self._barrier
-        return turn[0] <= self._highest and not is_barred
 
 
 def _arrival(sequence: Sequence) -> int:

@@ -55,7 +55,8 @@ def read_packed(
         return None
     if left or _crc32(header, data) != header.crc32:
         return None
-    scales = torch.tensor(header.scales, dtype=torch.float32)
+    # Pinned too: a copy from other memory may wait for those before it in its stream, on the engine's thread.
+    scales = torch.tensor(header.scales, dtype=torch.float32, pin_memory=pin_memory)
     stored_bytes = sum(path.stat().st_size for path in directory.iterdir())
     return PackedAdapter(header.rank, header.modules, chunks, scales, digest, stored_bytes, header.parts)
 

@@ -69,10 +69,12 @@ class Scheduler:
         max_overtake_s: float,
         is_fair: bool = True,
         weights: Mapping[str, float] = MappingProxyType({}),
+        answer_rows: Callable[[int], int] = lambda num_answers: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """max_prefill_tokens: prompt tokens in one step. max_adapters: distinct adapters in one step, base not counted.
 
+        answer_rows: how many of the prompt tokens so many answers of a step take the place of, up to half of them.
         max_overtake_s: how long, from its arrival, others may freely pass one that waits for a place among the
         adapters. is_fair, weights: see FairQueue.
         """
@@ -85,6 +87,7 @@ class Scheduler:
         self._adapters = adapters
         self._max_running = max_running
         self._max_prefill_tokens = max_prefill_tokens
+        self._answer_rows = answer_rows
         self._max_adapters = max_adapters
         self._quantum = _QUANTUM_STEPS * max_prefill_tokens if is_fair else 0.0
         self._max_overtake_s = max_overtake_s
@@ -149,7 +152,7 @@ class Scheduler:
         assert all(sequence.status is SequenceStatus.RUNNING for sequence in self.running)
         assert [s.sequence_id for s in self.running] == sorted({s.sequence_id for s in self.running})
         assert not any(sequence.block_table for sequence in self.waiting)
-        assert self._in_step == Counter(s.generation for s in self.running if s.generation != BASE_GENERATION)
+        assert self._in_step == Counter(generation for s in self.running for generation in s.adapters)
         assert len(self._in_step) <= self._max_adapters and len(self.running) <= self._max_running
         self._blocks.check_integrity(self.running)
 
@@ -157,7 +160,7 @@ class Scheduler:
 
     def _schedule_prefills(self, step: dict[int, ScheduledSequence], prefills: list[Sequence]) -> None:
         """Spends the prefill budget on running prompts and on new sequences."""
-        budget = self._max_prefill_tokens
+        budget = self._max_prefill_tokens - min(self._answer_rows(len(step)), self._max_prefill_tokens // 2)
         long = prefills.pop(0) if prefills and prefills[0].num_uncomputed_tokens > budget else None
         if long is not None:
             budget -= self._extend(step, long, budget - budget // 2)
@@ -206,12 +209,13 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._blocks.free(sequence)
-        if sequence.generation != BASE_GENERATION:
-            self._in_step[sequence.generation] -= 1
-            if not self._in_step[sequence.generation]:
-                del self._in_step[sequence.generation]
-                self.waiting.close(sequence.generation)
+        for generation in sequence.adapters:
+            self._in_step[generation] -= 1
+            if not self._in_step[generation]:
+                del self._in_step[generation]
+                self.waiting.close(generation)
                 self._may_prefetch = True
+        if sequence.generation != BASE_GENERATION:
             self._adapters.release(sequence.generation)
 
     # ------------------------------------------------------------------------------------------- admission
@@ -228,7 +232,7 @@ class Scheduler:
         turns = Turns(self.waiting, self._is_overdue, quantum=quantum, max_aside=max_aside, long=long)
         try:
             while budget > 0 and len(self.running) < self._max_running:
-                line = turns.next(has_place=len(self._in_step) < self._max_adapters)
+                line = turns.next(self._max_adapters - len(self._in_step))
                 if line is None:
                     break
                 sequence = line.sequences[0]
@@ -254,8 +258,7 @@ class Scheduler:
         assert not sequence.num_pending
         num_cached = self._blocks.attach_prefix(sequence)
         missing = self._blocks.blocks_for(len(sequence.token_ids)) - len(sequence.block_table)
-        is_base = sequence.generation == BASE_GENERATION
-        num_chunks = 0 if is_base else self._adapters.num_chunks_to_take(sequence.generation)
+        num_chunks = sum(map(self._adapters.num_chunks_to_take, sequence.adapters))
         if missing + self._promised() <= self._blocks.num_free_beside(num_chunks):
             if not sequence.num_preemptions:
                 sequence.num_cached_tokens = num_cached
@@ -281,10 +284,11 @@ class Scheduler:
                 has_room = self._attach_prefix(sequence)
                 assert has_room, "nothing runs, and the adapter has left what is sure to KV"
         if admission is Admission.GRANTED:
-            if sequence.generation not in self._in_step:
-                self.waiting.open(sequence.generation)
-                self._may_prefetch = True
-            self._in_step[sequence.generation] += 1
+            for generation in sequence.adapters:
+                if generation not in self._in_step:
+                    self.waiting.open(generation)
+                    self._may_prefetch = True
+                self._in_step[generation] += 1
         return admission
 
     def _prefetch(self) -> None:
@@ -294,10 +298,11 @@ class Scheduler:
         num_blocks, num_chunks, may_copy = self._promised() if has_pages else 0, 0, []
         for line in lines:
             num_blocks += self._blocks.blocks_for(len(line.sequences[0].token_ids))
-            num_chunks += self._adapters.num_chunks_to_take(line.generation)
+            num_chunks += sum(map(self._adapters.num_chunks_to_take, line.adapters))
             may_copy.append(has_pages and num_blocks <= self._blocks.num_free_beside(num_chunks))
-        each = [self._adapters.prefetch(line.generation, may) for line, may in zip(lines, may_copy, strict=True)]
-        self._may_prefetch = not all(each)
+        each = zip(lines, may_copy, strict=True)
+        is_done = [self._adapters.prefetch(generation, may) for line, may in each for generation in line.adapters]
+        self._may_prefetch = not all(is_done)
 
     def _start(self, sequence: Sequence, budget: int) -> ScheduledSequence:
         is_new = not sequence.num_preemptions

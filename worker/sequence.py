@@ -49,6 +49,12 @@ class Sequence:
     arrival_s: float = 0.0  # monotonic
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the second token on, as far as known
     matcher: "Matcher | None" = None  # what the answer is held to; it has taken the answer's known tokens
+    mixed: tuple[int, ...] = ()  # the generations in its mix, if it has one
+
+    @property
+    def adapters(self) -> tuple[int, ...]:
+        """The generations that it needs; none: the base model."""
+        return self.mixed or ((self.generation,) if self.generation != BASE_GENERATION else ())
 
     @property
     def num_output_tokens(self) -> int:

@@ -315,8 +315,12 @@ def shrink_shape(in_features: int, num_sums: int, element_size: int) -> ShrinkSh
 def long_shrink_shape(
     in_features: int, max_rows: int, rows: int, element_size: int, device: torch.device
 ) -> ShrinkShape:
-    """Of long segments: just enough work items to fill the GPU. Splits are powers of two: even pieces, as a rule."""
-    block_k = 64 if element_size <= 2 else 32
+    """Of long segments: just enough work items to fill the GPU. Splits are powers of two: even pieces, as a rule.
+
+    1024 rows of one adapter, us, in loads of 64 | 128 columns: qkv 15.2 | 10.6, o 8.8 | 9.3, gate_up 9.1 | 9.7,
+    down 16.0 | 14.7.
+    """
+    block_k = 128 if element_size <= 2 else 32
     num_loads = -(-in_features // block_k)
     most = min(num_sms(device) // -(-max_rows // rows), num_loads // 4)
     num_splits = 1 << max(0, most.bit_length() - 1)

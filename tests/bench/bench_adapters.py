@@ -7,8 +7,8 @@
 Adapters are registered in steps (--registered). At each, closed-loop clients ask for all of them, the i-th with weight
 1/i, and the output tokens a second are printed: is there a cliff? Then, --rounds times in turn, the last traffic again,
 and the same with the less popular ones replaced by some of the same ranks that are there: equal draws and ranks, about
-equally many distinct adapters a step (models_at_once says how many), but no request waits for a copy to the device
-("misses" counts those that do). resident_share is the ratio of the two.
+equally many distinct adapters a step (models_at_once says how many), but no copies to the device ("uploads" counts
+them, those for the clients' first short requests too). resident_share is the ratio of the two.
 
 The model has layers of Llama-3.1-8B's shape, but 8 of them instead of 32, since a thousand different adapters of the
 whole model do not fit a disk of 64 GB: a chunk is 20 MiB and a step takes a quarter, so copies weigh as much against
@@ -21,6 +21,9 @@ torch rounds them up.
 
 import argparse
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,13 +40,17 @@ from tests.bench.results import append_csv
 from tests.bench.serve_8b import Server, machine_name, say, serving, start_up, time_limit
 from tests.bench.serving_client import Load, Share, post
 from tests.end_to_end.servers import ROOT
+from worker.chunk_layout import ChunkLayout
 
 RANKS = (16, 8, 64, 4, 16, 32, 8, 4)  # in turn, by popularity
 MODULES = ("q_proj", "v_proj")
-CHUNK_RANK = 16
+DISK_MARGIN = 1.25  # packed chunks, and the copies that they are made from
 NUM_AT_ONCE = 8
+TOLD, GIVEN = "vllm:generation_tokens_total", "vllm:request_generation_tokens_sum"  # by the worker, by the gateway
+UPLOADS = "polylora_adapter_uploads_total"
+MAX_POLLS = 100
 SEED = 7  # of what is asked for: the same adapters in the same order in both kinds of traffic
-SHOWN = ("output_tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "models_at_once", "misses")
+SHOWN = ("output_tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "models_at_once", "uploads")
 
 
 class Bench:
@@ -84,9 +91,9 @@ class Bench:
             model_seed=SEED,
             stand_ins=stand_ins or {},
         )
-        misses = self._misses()
+        uploads = self._uploads()
         metrics = measure(traffic, options.clients, options.processes)
-        metrics["misses"] = self._misses() - misses
+        metrics["uploads"] = self._uploads() - uploads
         self._report(title, metrics)
         return metrics["output_tokens_per_s"]
 
@@ -111,9 +118,16 @@ class Bench:
     def _post(self, route: str, body: dict[str, Any]) -> tuple[float, bytes]:
         return post(self._load, f"/v1/{route}", body)
 
-    def _misses(self) -> int:
-        """Requests so far that waited for a copy to the device."""
-        return sum(adapter["misses"] for adapter in self._listing()["data"])
+    def _uploads(self) -> float:
+        """Copies to the device so far. The worker tells now and then: wait until it has told of all tokens."""
+        for _ in range(MAX_POLLS):
+            with urllib.request.urlopen(f"{self._server.url}/metrics") as reply:
+                found = dict(re.findall(r"^(\w[\w:]*)(?:\{.*\})? (\S+)$", reply.read().decode(), re.MULTILINE))
+            told, given, uploads = (float(found.get(name, 0)) for name in (TOLD, GIVEN, UPLOADS))
+            if told == given:
+                break
+            time.sleep(0.05)
+        return uploads
 
     def _listing(self) -> dict[str, Any]:
         with urllib.request.urlopen(f"{self._server.url}/v1/adapters") as reply:
@@ -123,7 +137,7 @@ class Bench:
 
 def num_chunks(num_adapters: int) -> int:
     """Of the first so many adapters together."""
-    return sum(-(-RANKS[i % len(RANKS)] // CHUNK_RANK) for i in range(num_adapters))
+    return sum(ChunkLayout.num_chunks(RANKS[i % len(RANKS)]) for i in range(num_adapters))
 
 
 def server_arguments(options: argparse.Namespace) -> list[str]:
@@ -142,6 +156,29 @@ def server_arguments(options: argparse.Namespace) -> list[str]:
     return ["--enable-lora", *(f"--{name}={value}" for name, value in arguments.items()), *options.server]
 
 
+def check_disk(options: argparse.Namespace) -> None:
+    """Says what it takes. Raises RuntimeError if the packed adapters will not fit: better now than at the 900th."""
+    config = TINY if options.tiny else LLAMA_8B
+    head_size = config["hidden_size"] // config["num_attention_heads"]
+    layout = ChunkLayout.of(
+        num_layers=options.layers,
+        hidden_size=config["hidden_size"],
+        q_size=config["hidden_size"],
+        kv_size=head_size * config["num_key_value_heads"],
+        intermediate_size=config["intermediate_size"],
+    )
+    chunk_bytes = layout.chunk_size * (4 if options.tiny else 2)
+    packed_bytes = num_chunks(max(options.registered)) * chunk_bytes
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache).free
+    say(
+        f"a chunk is {chunk_bytes / 2**20:.4g} MiB; all take {packed_bytes / 1e9:.3g} of {free / 1e9:.3g} GB at {cache}"
+    )
+    if packed_bytes * DISK_MARGIN > free:
+        raise RuntimeError("the disk is too small: fewer --layers, or XDG_CACHE_HOME on another")
+
+
 def make_files(options: argparse.Namespace) -> None:
     """In a process of its own, which leaves nothing on the GPU."""
     start_s = time.monotonic()
@@ -153,6 +190,7 @@ def make_files(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Everything, in order."""
+    check_disk(options)
     make_files(options)
     vocab_size = (TINY if options.tiny else LLAMA_8B)["vocab_size"]
     with serving(options.dir / "server.log", server_arguments(options)) as server:

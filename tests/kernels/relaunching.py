@@ -147,7 +147,10 @@ class Comparison:
 
 
 def is_same(value: Any, other: Any) -> bool:
-    return value is other if isinstance(other, Tensor) else type(value) is type(other) and value == other
+    """Whether Triton's launcher takes them for the same: it makes an address of a tensor itself."""
+    if isinstance(other, Tensor):
+        return value is other or (type(value) is int and value == other.data_ptr())
+    return type(value) is type(other) and bool(value == other)
 
 
 def kind(value: Any, parameter: Any) -> tuple[Any, ...]:

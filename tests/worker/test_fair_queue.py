@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from protocol.sampling import SamplingParams
 from worker.block_manager import BlockManager
-from worker.fair_queue import BASE_CLIENT, OUTPUT_WEIGHT, FairQueue
+from worker.fair_queue import BASE_CLIENT, OUTPUT_WEIGHT, FairQueue, Kind
 from worker.scheduler import Admission, Scheduler
 from worker.sequence import Sequence, SequenceStatus
 
@@ -57,7 +57,9 @@ class Served:
         self.backlogged: set[str] = set()  # when the last step was planned, from before to after
         self._ids = itertools.count(1)
 
-    def add(self, generation: int, num_prompt: int = 4, num_answer: int = 4, times: int = 1) -> list[Sequence]:
+    def add(
+        self, generation: int, num_prompt: int = 4, num_answer: int = 4, times: int = 1, mixed: tuple[int, ...] = ()
+    ) -> list[Sequence]:
         sequences = []
         for _ in range(times):
             number = next(self._ids)
@@ -70,6 +72,7 @@ class Served:
                 generation=generation,
                 client=f"a{generation}" if generation else BASE_CLIENT,
                 arrival_s=self.now_s,
+                mixed=mixed,
             )
             assert self.scheduler.add(sequence) is None
             sequences.append(sequence)
@@ -316,6 +319,18 @@ def test_the_base_model_goes_on_however_long_an_adapter_waits_for_a_place() -> N
     assert served.tokens[BASE_CLIENT] > 1000
 
 
+def test_a_long_prompt_gets_a_place_among_the_adapters_however_many_short_ones_want_it() -> None:
+    served = Served(max_adapters=1, max_overtake_s=0.2, max_running=16)
+    served.add(0, num_prompt=400, num_answer=1, times=300)  # one after the other is always being computed
+    served.add(1, num_prompt=2, num_answer=20, times=300)
+    served.step(3)
+    (late,) = served.add(2, num_prompt=40, num_answer=1)
+    for generation in range(3, 30):
+        served.add(generation, num_prompt=2, num_answer=20, times=20)
+    served.step(20 + 20 + 50 + 10)  # overdue, the adapter's last answer, the long prompt that is being computed
+    assert late in served.started
+
+
 def test_whoever_gets_a_place_brings_what_waits_behind_it() -> None:
     rows = []
     for num_adapters in (1, 2):
@@ -325,6 +340,22 @@ def test_whoever_gets_a_place_brings_what_waits_behind_it() -> None:
         served.step(8 * 16 // num_adapters)
         rows.append(len(served.started))
     assert rows[0] >= 24 and rows[1] >= 48, "one at a time would be 8 and 16"
+
+
+def test_a_mix_takes_as_many_places_as_it_has_adapters_and_none_for_those_that_are_there() -> None:
+    served = Served(max_adapters=2, max_overtake_s=0.3, max_running=8)
+    served.add(1, num_answer=8)
+    served.step()
+    (mix,) = served.add(-1, mixed=(2, 3))  # two places, of which one is free
+    (later,) = served.add(4, num_answer=2)
+    (there,) = served.add(-2, mixed=(1, 4))
+    served.step(2)
+    assert later in served.started and mix not in served.started, "until it is overdue it may be passed"
+    assert there in served.started, "its adapters are in the batch"
+    served.add(1, times=300)
+    served.step(30 + 30)
+    assert mix in served.started
+    served.drain()
 
 
 def test_one_that_is_loading_holds_up_nobody_and_few_are_asked_for_at_once() -> None:
@@ -367,10 +398,10 @@ class Reference:
 
     def __init__(self) -> None:
         self.sequences: list[Sequence] = []
-        self.open = {0}
+        self.open: set[int] = set()
 
     def first(self, queue: FairQueue) -> Sequence | None:
-        waiting = [s for s in self.sequences if s.generation not in self.open]
+        waiting = [s for s in self.sequences if not self.open.issuperset(s.adapters)]
         return min(waiting, key=lambda s: (queue.counter(s.client), s.sequence_id), default=None)
 
 
@@ -394,6 +425,7 @@ def test_the_heap_knows_what_sorting_would(history: list[tuple[str, int, int]]) 
             client = f"n{generation // 2}"  # two generations of each name
             sampling = SamplingParams(max_tokens=1)
             sequence = Sequence(next(ids), [1] * number, number, sampling, 0, generation=generation, client=client)
+            sequence.mixed = (2, 3, generation) if generation > 3 else ()
             queue.add(sequence)
             reference.sequences.append(sequence)
         elif operation == "again" and gone:
@@ -409,13 +441,13 @@ def test_the_heap_knows_what_sorting_would(history: list[tuple[str, int, int]]) 
                 queue.remove(sequence)
         elif operation == "charge":
             queue.charge_outputs(f"n{generation // 2}", number)
-        elif operation == "open" and generation not in reference.open:
+        elif operation == "open" and generation not in {0, *reference.open}:
             queue.open(generation)
             reference.open.add(generation)
-        elif operation == "close" and generation in reference.open - {0}:
+        elif operation == "close" and generation in reference.open:
             queue.close(generation)
             reference.open.remove(generation)
-        line = queue.first_closed(short_only=False)
+        line = queue.first(Kind.CLOSED)
         assert (line.sequences[0] if line else None) is reference.first(queue)
         assert sorted(s.sequence_id for s in queue) == sorted(s.sequence_id for s in reference.sequences)
         queue.check_integrity()
