@@ -21,6 +21,7 @@ class AdapterUploads:
         self._cache = cache
         self._pool = pool
         self._uploaded: dict[int, Adapter] = {}  # by generation; what the pool has, arriving ones included
+        self._arriving: dict[int, Adapter] = {}  # those whose copy was not done when last asked
         cache.on_evict = self.forget
 
     def begin(self, adapter: Adapter, packed: "PackedAdapter") -> bool:
@@ -35,7 +36,7 @@ class AdapterUploads:
             self._cache.unplace(adapter)
             return False
         self._cache.set_arriving(adapter, True)
-        self._uploaded[adapter.generation] = adapter
+        self._uploaded[adapter.generation] = self._arriving[adapter.generation] = adapter
         self.num_begun += 1
         return True
 
@@ -43,14 +44,16 @@ class AdapterUploads:
         """Whether the copy is not done yet. Never waits."""
         if adapter.arriving and self._pool.is_ready(adapter.generation):
             self._cache.set_arriving(adapter, False)
+            self._arriving.pop(adapter.generation, None)
         return adapter.arriving
 
     def note_arrivals(self) -> None:
         """Takes note of the copies that are done."""
-        for adapter in self._uploaded.values():
+        for adapter in list(self._arriving.values()):  # not all that are there: that may be a thousand, at each step
             self.is_arriving(adapter)
 
     def forget(self, adapter: Adapter) -> None:
         """An adapter is not on the device any more, if it was."""
+        self._arriving.pop(adapter.generation, None)
         if self._uploaded.pop(adapter.generation, None) is not None:
             self._pool.remove(adapter.generation)
