@@ -7,7 +7,7 @@ kernel in gpu/, which a GPU runs. What the ops are told of a step stands here.
 from kernels.paged_plan import PagedPlan
 from kernels.reference import AttentionPlan, DecodeGroup, PrefillSpan, kv_rows
 from kernels.segments import LoraSite, Segments
-from kernels.work_list import AdapterRows, LoraDelta, WorkList
+from kernels.work_list import AdapterRows, LoraDelta, Member, WorkList
 
 __all__ = [
     "AdapterRows",
@@ -15,6 +15,7 @@ __all__ = [
     "DecodeGroup",
     "LoraDelta",
     "LoraSite",
+    "Member",
     "PagedPlan",
     "PrefillSpan",
     "Segments",

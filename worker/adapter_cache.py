@@ -35,6 +35,7 @@ class Adapter:
     num_running: int = 0  # those of them whose steps need it on the device
     chunk_ids: tuple[int, ...] = ()  # empty: not on the device
     arriving: bool = False  # its copy to chunk_ids is not done
+    reserved: bool = False  # a waiting mix has it on the device already and waits for others
     in_host: bool = False
     num_requests: int = 0  # sequences ever bound to it
     num_hits: int = 0
@@ -45,7 +46,8 @@ class Adapter:
     @property
     def idle(self) -> bool:
         """Whether its chunks may go to another adapter."""
-        return bool(self.chunk_ids) and not self.num_running and not self.pinned and not self.arriving
+        is_needed = self.num_running or self.pinned or self.arriving or self.reserved
+        return bool(self.chunk_ids) and not is_needed
 
     def info(self) -> AdapterInfo:
         """As gateways see it."""
@@ -81,7 +83,7 @@ class AdapterCache:
 
     def __init__(self, *, num_chunks: int, max_per_batch: int, max_loaded: int, policy: str = "lru") -> None:
         """num_chunks: of the device pool. max_loaded: adapters in host memory. policy: lru or fifo, on the device."""
-        self._num_chunks = num_chunks
+        self.max_chunks = self._num_chunks = num_chunks
         self._max_per_batch = max_per_batch
         self._max_loaded = max_loaded
         self._policy = policy
@@ -156,6 +158,21 @@ class AdapterCache:
             )
         if repinned is None and len(self._adapters) >= MAX_ADAPTERS:
             return _limit(f"at most {MAX_ADAPTERS} adapters can be loaded", "lora_name")
+        return None
+
+    def check_mix(self, adapters: list[Adapter], max_chunks: int) -> Error | None:
+        """Why these cannot be on the device, or in one segment of at most max_chunks chunks, all at once; or None."""
+        if len(adapters) > self._max_per_batch:
+            most = f"--max-loras-per-batch, {self._max_per_batch}"
+            return _limit(f"a mix of {len(adapters)} adapters is more than {most}", "lora_path")
+        num_chunks = sum(adapter.num_chunks for adapter in adapters)
+        num_pinned = sum(a.num_chunks for a in self._adapters.values() if a.pinned and a not in adapters)
+        if len(adapters) > 1 and num_chunks > min(max_chunks, self.max_chunks - num_pinned):
+            return _limit(
+                f"the mix takes {num_chunks} chunks of rank 16; it may take {max_chunks}, as one adapter, and"
+                f" {self.max_chunks - num_pinned} are not taken by pinned adapters",
+                "lora_path",
+            )
         return None
 
     def publish(
@@ -262,6 +279,10 @@ class AdapterCache:
         """Takes the chunks back from an adapter that did not reach the device."""
         self._leave_device(adapter)
 
+    def set_reserved(self, adapter: Adapter, is_reserved: bool) -> None:
+        """A reserved adapter does not leave the device."""
+        adapter.reserved = is_reserved
+
     def hold(self, adapter: Adapter) -> None:
         """One more running sequence needs the adapter where it is."""
         assert adapter.chunk_ids
@@ -279,7 +300,7 @@ class AdapterCache:
     def _leave_device(self, adapter: Adapter) -> None:
         self._free_chunks.extend(adapter.chunk_ids)
         adapter.chunk_ids = ()
-        adapter.arriving = False
+        adapter.arriving = adapter.reserved = False
         self._device.pop(adapter.generation, None)
 
     # ---------------------------------------------------------------------------------------------------- host

@@ -18,6 +18,23 @@ class ResidentAdapter:
     scales: Tensor  # float32 [num_layers, len(MODULES)], on the pool's device
 
 
+@dataclass(frozen=True, slots=True)
+class ResidentMix:
+    """A weighted sum of adapters in the pool."""
+
+    members: tuple[tuple[ResidentAdapter, float], ...]
+
+    @property
+    def chunk_ids(self) -> tuple[int, ...]:
+        """Of all of them."""
+        return tuple(chunk_id for adapter, _ in self.members for chunk_id in adapter.chunk_ids)
+
+    @property
+    def scales(self) -> Tensor:
+        """Of each chunk, weighted: float32 [num_chunks, num_layers, len(MODULES)]."""
+        return torch.stack([adapter.scales * weight for adapter, weight in self.members for _ in adapter.chunk_ids])
+
+
 class AdapterPool:
     """Chunks on the device, by adapter generation. Which chunks are free is the adapter cache's business."""
 
@@ -32,6 +49,7 @@ class AdapterPool:
         self._arriving: dict[int, torch.cuda.Event] = {}  # by generation: recorded behind its copy
         self._residents: dict[int, ResidentAdapter] = {}
         self._owners: dict[int, int] = {}  # chunk id → generation
+        self.mixes: dict[int, tuple[tuple[int, float], ...]] = {}  # by number, below 0: generations and weights
 
     def upload(self, generation: int, packed: PackedAdapter, chunk_ids: Sequence[int]) -> None:
         """Copy an adapter into the given free chunks, which become its own until remove.
@@ -68,6 +86,9 @@ class AdapterPool:
         for chunk_id in self._residents.pop(generation).chunk_ids:
             del self._owners[chunk_id]
 
-    def resident(self, generation: int) -> ResidentAdapter:
-        """The place of an uploaded adapter. KeyError if it is not in the pool: never the base model in silence."""
+    def resident(self, generation: int) -> ResidentAdapter | ResidentMix:
+        """The place of an uploaded adapter, or of a mix. KeyError if it is not in the pool: never the base model in
+        silence."""
+        if generation in self.mixes:
+            return ResidentMix(tuple((self._residents[member], w) for member, w in self.mixes[generation]))
         return self._residents[generation]

@@ -7,22 +7,16 @@ message. What a load does to others happens in one place, `_publish`: the order 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from protocol.errors import Error, ErrorCode
-from protocol.messages import (
-    AdapterChanged,
-    AdapterReply,
-    AdapterState,
-    LoadAdapter,
-    UnloadAdapter,
-)
+from protocol.messages import BASE_GENERATION, AdapterChanged, AdapterReply, AdapterState, LoadAdapter, UnloadAdapter
 from worker.adapter_cache import Adapter, AdapterCache
 from worker.adapter_listing import AdapterListing
-from worker.adapter_loads import BROKEN, MAX_LOADS, Load, Loads, Waiter, as_error, conflict, not_loaded
-from worker.background import Background
+from worker.adapter_loads import BROKEN, GONE, MAX_LOADS, Failure, Load, Loads, Waiter, as_error, conflict, not_loaded
+from worker.adapter_mixes import AdapterMixes
+from worker.background import Background, log_failure
 from worker.mailbox import Outbox, Owner
 from worker.scheduler import Admission
 
@@ -32,17 +26,6 @@ if TYPE_CHECKING:
     from worker.adapter_weights import PackedAdapter
 
 log = logging.getLogger(__name__)
-
-GONE = Error(ErrorCode.ADAPTER_GONE, "the adapter was unloaded", "model")
-
-
-@dataclass(slots=True, frozen=True)
-class Failure:
-    """Sequences of a generation that must end with an error; the engine carries it out."""
-
-    generation: int
-    error: Error
-    waiting_only: bool
 
 
 class AdapterService:
@@ -61,6 +44,7 @@ class AdapterService:
         enabled: bool = True,
         resolves: bool = False,
         chunk_bytes: int = 0,
+        max_mix_chunks: int = 1 << 30,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """reloads has threads of its own, so that a slow download under `loads` delays no request.
@@ -87,6 +71,7 @@ class AdapterService:
         self._reloading: set[int] = set()
         self._unloads: dict[int, list[Waiter]] = {}  # by generation
         self._failures: list[Failure] = []
+        self.mixes = AdapterMixes(self, pool, self._failures, max_mix_chunks)
 
     # ------------------------------------------------------------------------------------------- sequences
 
@@ -99,7 +84,10 @@ class AdapterService:
         return adapter
 
     def unbind(self, generation: int) -> None:
-        """Undoes one bind."""
+        """Undoes one bind, of a generation or a mix."""
+        if generation < BASE_GENERATION:
+            self.mixes.unbind(generation)
+            return
         adapter = self.cache.get(generation)
         assert adapter is not None
         if self.cache.let_go(adapter):
@@ -107,38 +95,52 @@ class AdapterService:
 
     def acquire(self, generation: int) -> Admission:
         """For the scheduler: see AdapterResidency."""
+        if generation < BASE_GENERATION:
+            return self.mixes.acquire(generation)
         adapter = self.cache.get(generation)
         assert adapter is not None
+        admission = self.bring(adapter)
+        if admission is Admission.GRANTED:
+            self.hold(adapter)
+        return admission
+
+    def bring(self, adapter: Adapter) -> Admission:
+        """Has an adapter come to the device, if there is room; GRANTED if it is there."""
         if not adapter.chunk_ids:
             if not self.cache.has_room(adapter):
                 return Admission.FULL
             adapter.missed = True
-            packed = self._host.get(generation)
+            packed = self._host.get(adapter.generation)
             if packed is None:
                 self._reload(adapter)
                 return Admission.LOADING
             if not self._upload(adapter, packed):
                 return Admission.LOADING
-        if self._is_arriving(adapter):
-            return Admission.LOADING
+        return Admission.LOADING if self._is_arriving(adapter) else Admission.GRANTED
+
+    def hold(self, adapter: Adapter) -> None:
+        """One more running sequence needs an adapter that is on the device."""
         self.cache.hold(adapter)
         self.cache.touch(adapter)
-        return Admission.GRANTED
 
     def release(self, generation: int) -> None:
         """For the scheduler: see AdapterResidency."""
+        if generation < BASE_GENERATION:
+            self.mixes.release(generation)
+            return
         adapter = self.cache.get(generation)
         assert adapter is not None
         self.cache.unhold(adapter)
 
     def names_of(self, generations: set[int]) -> list[str]:
-        """The names of some generations, base left out."""
-        adapters = (self.cache.get(generation) for generation in generations)
+        """The names of some generations and of what is in some mixes, base left out."""
+        adapters = (self.cache.get(g) for generation in generations for g in self.mixes.generations(generation))
         return sorted({adapter.name for adapter in adapters if adapter is not None})
 
     def take_failures(self) -> list[Failure]:
         """Sequences to fail, said once."""
-        failures, self._failures = self._failures, []
+        failures = list(self._failures)
+        self._failures.clear()
         return failures
 
     def _upload(self, adapter: Adapter, packed: "PackedAdapter") -> bool:
@@ -297,7 +299,7 @@ class AdapterService:
     def _release(self, loaded: "Adapter | PackedAdapter | Exception") -> None:
         """Gives the store's copy back, beside the engine; of a load that failed there is none."""
         if not isinstance(loaded, Exception):
-            self._reload_background.submit(partial(self._loader.release, loaded.digest), _log_failure)
+            self._reload_background.submit(partial(self._loader.release, loaded.digest), log_failure)
 
     def _reload(self, adapter: Adapter) -> None:
         if adapter.generation not in self._reloading:
@@ -356,6 +358,7 @@ class AdapterService:
             adapter = self.cache.get(generation)
             assert adapter is not None
             self._is_arriving(adapter)
+        self.mixes.unreserve()
         now = self._clock()
         for generation, waiters in list(self._unloads.items()):
             due = [waiter for waiter in waiters if waiter.deadline_s <= now]
@@ -392,8 +395,3 @@ class AdapterService:
         for waiter in waiters:
             reply = AdapterReply(request_id=waiter.request_id, adapter=info, usage=usage, error=error)
             self._outbox.send(waiter.owner, reply)
-
-
-def _log_failure(result: object) -> None:
-    if isinstance(result, Exception):
-        log.error("an adapter's copy could not be removed from the store", exc_info=result)

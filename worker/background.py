@@ -1,5 +1,6 @@
 """Background: a few daemon threads for work that must not stop the engine, such as reading an adapter."""
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from typing import TypeVar
 
 from worker.mailbox import JobDone, Message
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -39,3 +41,9 @@ class Background:
     def _work(self) -> None:
         while True:
             self._jobs.get()()
+
+
+def log_failure(result: object) -> None:
+    """Of the removal of an adapter's copy, which nobody waits for."""
+    if isinstance(result, Exception):
+        log.error("an adapter's copy could not be removed from the store", exc_info=result)

@@ -59,6 +59,7 @@ class Bucket:
         )
         self.steps = [Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, None)]
         self.work: WorkList | None = None
+        self._pool = pool
         if pool is not None:
             block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows)
             self.work = WorkList(pool.scales, num_rows, max_chunks, block_rows, long_rows)
@@ -70,9 +71,9 @@ class Bucket:
 
     def set_adapters(self, adapted: list[Adapted]) -> None:
         """Brings the work list up to date; a batch that goes on decoding has the same one."""
-        assert self.work is not None
+        assert self.work is not None and self._pool is not None
         if adapted != self.adapted:
-            self.work.update(self.num_rows, work_of(adapted))
+            self.work.update(self.num_rows, work_of(adapted, self._pool))
             self.adapted = adapted
 
 

@@ -21,7 +21,8 @@ from protocol.messages import (
     TokenLogprobs,
     WorkerStatus,
 )
-from worker.adapter_service import AdapterService, Failure
+from worker.adapter_loads import Failure
+from worker.adapter_service import AdapterService
 from worker.block_manager import BlockManager
 from worker.grammar import GrammarError, Matcher
 from worker.grammar_service import GrammarService
@@ -178,8 +179,15 @@ class Engine:
     def _start_checked(self, owner: Owner, command: Generate, matcher: Matcher | None = None) -> None:
         # The base model's namespace starts with a byte that no digest holds: a salt cannot pass for an adapter.
         request_id, namespace = command.request_id, b"\0" + command.cache_salt.encode()
-        if command.generation != BASE_GENERATION:
-            adapter = self._adapters.bind(command.generation)
+        generation, mixed = command.generation, tuple[int, ...]()
+        if command.mix:
+            mix = self._adapters.mixes.bind(command.mix)
+            if isinstance(mix, Error):
+                self._refuse(owner, request_id, mix)
+                return
+            generation, mixed, namespace = mix.number, mix.generations, mix.namespace + namespace
+        elif generation != BASE_GENERATION:
+            adapter = self._adapters.bind(generation)
             if isinstance(adapter, Error):
                 self._refuse(owner, request_id, adapter)
                 return
@@ -192,7 +200,8 @@ class Engine:
             num_prompt_tokens=len(command.prompt_token_ids),
             sampling=command.sampling,
             seed=secrets.randbits(63) if seed is None else seed,
-            generation=command.generation,
+            generation=generation,
+            mixed=mixed,
             namespace=namespace,
             owner=(owner, request_id),
             arrival_s=self._clock(),
@@ -200,8 +209,8 @@ class Engine:
         )
         error = self._scheduler.add(sequence)
         if error is not None:
-            if command.generation != BASE_GENERATION:
-                self._adapters.unbind(command.generation)
+            if generation != BASE_GENERATION:
+                self._adapters.unbind(generation)
             self._refuse(owner, request_id, error)
             return
         self._sequences.setdefault(owner, {})[request_id] = sequence
@@ -304,7 +313,7 @@ class Engine:
 
     def _hit_by(self, failure: Failure) -> list[Sequence]:
         candidates = [*self._scheduler.waiting, *([] if failure.waiting_only else self._scheduler.running)]
-        return [sequence for sequence in candidates if sequence.generation == failure.generation]
+        return [s for s in candidates if failure.generation in (s.generation, *s.mixed)]
 
     def _fail_all(self, error: Error) -> None:
         for of_owner in list(self._sequences.values()):

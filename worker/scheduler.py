@@ -31,10 +31,10 @@ class Admission(Enum):
 
 
 class AdapterResidency(Protocol):
-    """What the scheduler needs of the adapters. The base model never asks."""
+    """What the scheduler needs of the adapters. The base model never asks; a mix asks by its number."""
 
     def acquire(self, generation: int) -> Admission:
-        """Brings the adapter to the device and holds it there for one more running sequence."""
+        """Brings the adapter, or all of a mix, to the device and holds it there for one more running sequence."""
 
     def release(self, generation: int) -> None:
         """Undoes one granted acquire."""
@@ -118,7 +118,7 @@ class Scheduler:
             assert all(sequence.status is status for sequence in sequences)
             assert [s.sequence_id for s in sequences] == sorted({s.sequence_id for s in sequences})
         assert not any(sequence.block_table for sequence in self.waiting)
-        assert self._in_step == Counter(s.generation for s in self.running if s.generation != BASE_GENERATION)
+        assert self._in_step == Counter(generation for s in self.running for generation in s.adapters)
         assert len(self._in_step) <= self._max_adapters and len(self.running) <= self._max_running
         assert self._passed_since.keys() <= {sequence.sequence_id for sequence in self.waiting}
         self._blocks.check_integrity(self.running)
@@ -170,10 +170,11 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._blocks.free(sequence)
+        for generation in sequence.adapters:
+            self._in_step[generation] -= 1
+            if not self._in_step[generation]:
+                del self._in_step[generation]
         if sequence.generation != BASE_GENERATION:
-            self._in_step[sequence.generation] -= 1
-            if not self._in_step[sequence.generation]:
-                del self._in_step[sequence.generation]
             self._adapters.release(sequence.generation)
 
     # ------------------------------------------------------------------------------------------- admission
@@ -189,7 +190,7 @@ class Scheduler:
                 break
             if must_end and len(sequence.token_ids) > budget:
                 continue
-            admission = refused.get(sequence.generation) or self._ask_adapter_limit(sequence.generation)
+            admission = refused.get(sequence.generation) or self._ask_adapter_limit(sequence)
             if admission is Admission.GRANTED:
                 if not self._attach_blocks(sequence, budget):
                     break  # without overtaking here, a long prompt gets its blocks in the end
@@ -204,10 +205,10 @@ class Scheduler:
                 break
         return budget
 
-    def _ask_adapter_limit(self, generation: int) -> Admission:
-        if generation == BASE_GENERATION or generation in self._in_step or len(self._in_step) < self._max_adapters:
-            return Admission.GRANTED
-        return Admission.FULL
+    def _ask_adapter_limit(self, sequence: Sequence) -> Admission:
+        num_new = sum(generation not in self._in_step for generation in sequence.adapters)
+        has_place = not num_new or len(self._in_step) + num_new <= self._max_adapters
+        return Admission.GRANTED if has_place else Admission.FULL
 
     def _attach_blocks(self, sequence: Sequence, budget: int) -> bool:
         """Gives a waiting sequence its first blocks, if all its tokens fit beside what running ones need next."""
@@ -232,7 +233,7 @@ class Scheduler:
             return Admission.GRANTED
         admission = self._adapters.acquire(sequence.generation)
         if admission is Admission.GRANTED:
-            self._in_step[sequence.generation] += 1
+            self._in_step.update(sequence.adapters)
         else:
             self._blocks.free(sequence)
         return admission

@@ -35,7 +35,7 @@ class Sequence:
     num_prompt_tokens: int
     sampling: SamplingParams
     seed: int  # sampling.seed, or one that the worker drew
-    generation: int = BASE_GENERATION  # the adapter's; bound for the sequence's whole life
+    generation: int = BASE_GENERATION  # the adapter's, or a mix's number: see AdapterMixes; bound for its whole life
     namespace: bytes = b""  # of its prefix-cache entries: adapter content digest and cache salt
     owner: object = None  # whom the outputs go to; the scheduler and the runner never look inside
     status: SequenceStatus = SequenceStatus.WAITING
@@ -47,6 +47,12 @@ class Sequence:
     arrival_s: float = 0.0  # monotonic
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the second token on, as far as known
     matcher: "Matcher | None" = None  # what the answer is held to; it has taken the answer's known tokens
+    mixed: tuple[int, ...] = ()  # the generations in its mix, if it has one
+
+    @property
+    def adapters(self) -> tuple[int, ...]:
+        """The generations that it needs; none: the base model."""
+        return self.mixed or ((self.generation,) if self.generation != BASE_GENERATION else ())
 
     @property
     def num_output_tokens(self) -> int:
