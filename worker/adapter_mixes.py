@@ -117,6 +117,7 @@ class AdapterMixes:
         if admissions == {Admission.GRANTED}:
             for adapter in mix.adapters:
                 self._service.hold(adapter)
+                self._cache.set_reserved(adapter, False)  # held, it needs no more
             return Admission.GRANTED
         if Admission.FULL not in admissions:
             return Admission.LOADING
