@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from gateway.detokenizer import Detokenizer
 from gateway.errors import ApiError, from_worker, invalid, model_not_found
 from gateway.metrics import Metrics
+from gateway.mixes import label, names_of
 from gateway.params import Job
 from gateway.placement import Fleet, Lease
 from gateway.session import OutputQueue
@@ -130,11 +131,13 @@ class Generation:
         self._start(commands)
 
     def _command(self, job: Job) -> Generate:
+        generation, mix = self.lease.binding(job.adapter)
         return Generate(
             request_id=self.lease.session.new_request_id(),
             prompt_token_ids=job.prompt,
             sampling=job.sampling,
-            generation=self.lease.generations[job.adapter],
+            generation=generation,
+            mix=mix,
             cache_salt=self._plan.cache_salt,
             trace=self._plan.trace,
         )
@@ -205,7 +208,8 @@ class Generation:
     def _error(self, error: Error) -> ApiError:
         self._metrics.on_error(error.code)
         if error.code is ErrorCode.ADAPTER_GONE:
-            return model_not_found(next((job.adapter for job in self._plan.jobs if job.adapter), ""))
+            names, loaded = names_of(job.adapter for job in self._plan.jobs), self._fleet.adapters()
+            return model_not_found(next((name for name in names if name not in loaded), "".join(names[:1])))
         failure = from_worker(error)
         if error.code is ErrorCode.CONTEXT_LENGTH_EXCEEDED or failure.param == "prompt":
             failure.param = self._plan.prompt_param
@@ -252,6 +256,6 @@ class Generation:
         """Counts the request as answered, in the metrics."""
         usage = self.usage()
         for index, job in enumerate(self._plan.jobs):
-            if job.adapter is not None:
-                self._metrics.on_adapter(job.adapter, len(job.prompt), self._choices[index].num_tokens)
+            if (name := label(job.adapter)) is not None:
+                self._metrics.on_adapter(name, len(job.prompt), self._choices[index].num_tokens)
         self._metrics.on_answer(time.monotonic() - self._plan.started_s, usage.prompt_tokens, usage.completion_tokens)

@@ -8,6 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from gateway.mixes import SEVERAL
+
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
@@ -74,7 +76,7 @@ class Metrics:
 
     def on_adapter(self, name: str, num_prompt: int, num_generated: int) -> None:
         """A sequence under an adapter was answered in full."""
-        if name not in self._shown:
+        if name not in self._shown and name != SEVERAL:
             if len(self._shown) < _MAX_SHOWN_ADAPTERS:
                 self._shown.add(name)
             else:
