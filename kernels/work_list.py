@@ -20,7 +20,7 @@ _NUM_COUNTS = 4
 _TASK_SIZE = 4
 _MAX_MODULES_OF_A_SITE = 3
 MAX_MEMBERS = 8  # adapters in a mix
-NO_FACTOR = -1
+_NO_FACTOR = -1
 
 
 class Member(NamedTuple):
@@ -96,7 +96,7 @@ class SegmentTable:
             num_lora_segments += bool(segment.chunk_ids)
             for j, chunk_id in enumerate(segment.chunk_ids):
                 place = _NUM_COUNTS + _TASK_SIZE * num_tasks
-                factor = segment.factors[j] if segment.factors else NO_FACTOR
+                factor = segment.factors[j] if segment.factors else _NO_FACTOR
                 host[place : place + _TASK_SIZE] = array("i", (i, j, chunk_id, factor))
                 num_tasks += 1
         if not self._changes:
@@ -110,8 +110,8 @@ class SegmentTable:
         """The scales of mixes."""
         pairs = [(i, row) for i, segment in enumerate(segments) for row in dict.fromkeys(segment.factors)]
         if pairs:
-            places = list(dict.fromkeys(i for i, _ in pairs))
-            owners = [places.index(i) for i, _ in pairs]
+            places = {place: i for i, place in enumerate(dict.fromkeys(place for place, _ in pairs))}
+            owners = [places[place] for place, _ in pairs]
             numbers = _upload(array("q", [*places, *owners, *(row for _, row in pairs)]), factors.device)
             of_places, of_owners, rows = numbers.split([len(places), len(pairs), len(pairs)])
             live = factors.new_zeros(len(places), *factors.shape[1:])

@@ -72,8 +72,8 @@ def _shrink_module(
             total = tl.dot(a, values, total, input_precision="tf32x3")
         mask = is_row[None, :] & (ranks[:, None] >= 0)
         semaphore = semaphores + task * NUM_MODULES + module
+        # Behind the products, for registers' sake: loaded before, they are 24 more. Without a mix nothing is read.
         of_mix = tl.load(tasks + 4 * task + 3)
-        # Not before the products, where registers are short; where there is no mix it reads nothing.
         total *= tl.load(factors + of_mix * scales_stride + scale_index + module, mask=of_mix >= 0, other=1.0)
         _store_part(total, s, partials, place, mask, split, semaphore, plane_size, NUM_SPLITS, NUM_SPLITS)
 

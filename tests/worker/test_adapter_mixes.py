@@ -147,6 +147,47 @@ def test_mixes_in_a_pool_for_one_of_them_take_turns(max_loaded: int) -> None:
         assert harness.tokens(request_id) == answer([request_id], 3, mixed(contents))
 
 
+names = st.sampled_from("abc")
+changes = st.one_of(
+    st.tuples(st.just("load"), names, st.sampled_from(["x", "y", "z:40"])),
+    st.tuples(st.just("unload"), names, st.booleans()),
+    st.tuples(st.just("ask"), st.lists(st.tuples(st.integers(0, 9), st.sampled_from([-1.0, 0.5, 1.0])), max_size=2)),
+    st.none(),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(changes, min_size=5, max_size=40), st.sampled_from([1, 3]))
+def test_mixes_keep_what_they_are_bound_to_through_loads_and_unloads(history: list, max_loaded: int) -> None:
+    """Of an ask, numbers pick generations that are known then; None lets a step pass."""
+    harness = Harness(max_loras_per_batch=2, max_loaded=max_loaded, num_chunks=4)
+    load(harness, a="x", b="y")
+    asked: dict[int, str] = {}
+    for request_id, event in enumerate(history):
+        known = [adapter for adapter in harness.cache.adapters() if not adapter.unloaded]
+        match event:
+            case ("load", name, source):
+                command = LoadAdapter(request_id=request_id, name=name, source=source, replace=True)
+                harness.put(Admin(OWNER, command))
+            case ("unload", name, force):
+                command = UnloadAdapter(request_id=request_id, name=name, timeout_ms=0, force=force)
+                harness.put(Admin(OWNER, command))
+            case ("ask", picks) if known and picks:
+                mix = {known[number % len(known)]: weight for number, weight in picks}
+                start(harness, request_id, {adapter.generation: weight for adapter, weight in mix.items()}, 6)
+                asked[request_id] = mixed([(adapter.digest, weight) for adapter, weight in mix.items()])
+            case _:
+                harness.step()
+    harness.drain()
+    assert not harness.pool.mixes
+    assert {adapter.num_sequences for adapter in harness.cache.adapters()} <= {0}
+    was_unloaded = any(event is not None and event[0] == "unload" for event in history)
+    for request_id, content in asked.items():
+        tokens, error = harness.tokens(request_id), error_of(harness, request_id)
+        assert error is None or (error is ErrorCode.ADAPTER_GONE and was_unloaded) or error is ErrorCode.ADAPTER_LIMIT
+        assert tokens == answer(PROMPT, 6, content)[: len(tokens)] and (error or len(tokens) == 6)
+
+
 CONTENTS = {1: "x", 2: "y", 3: "z"}
 requests = st.tuples(
     st.dictionaries(st.sampled_from([1, 2, 3]), st.sampled_from([-1.0, 0.5, 1.0]), min_size=1, max_size=2),
