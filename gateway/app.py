@@ -98,7 +98,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 def create_app(config: GatewayConfig) -> Starlette:
     """The ASGI application. It connects to the workers when its lifespan begins."""
-    quotas = Quotas(config.adapter_rpm, config.adapter_concurrency)
+    quotas = Quotas(config.adapter_rpm, config.adapter_concurrency, config.adapter_tpm)
     gateway = Gateway(config, Fleet(config.worker_endpoint, build=info_routes.version(), quotas=quotas))
 
     @asynccontextmanager

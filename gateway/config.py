@@ -13,6 +13,7 @@ def _setting(default: Any, help_: str) -> Any:
 _HIGHEST = {
     "port": (65535, ""),
     "adapter_rpm": (1_000_000, ""),
+    "adapter_tpm": (1_000_000_000, ""),
     "adapter_concurrency": (1_000_000, ""),
     "resolve_timeout_s": (3600, " seconds"),
     "unload_timeout_s": (3600, " seconds"),
@@ -32,6 +33,9 @@ class GatewayConfig:
     max_body_bytes: int = _setting(8 * 1024 * 1024, "largest request body, bytes; a larger one is a 413")
     max_choices: int = _setting(8, "largest n, answers to one prompt; more is a 400")
     adapter_rpm: int = _setting(0, "requests that each adapter may be sent a minute; more is a 429. 0: no limit")
+    adapter_tpm: int = _setting(
+        0, "tokens a minute for each adapter, of prompts and of answers as they come; beyond is a 429. 0: no limit"
+    )
     adapter_concurrency: int = _setting(0, "requests that each adapter may have running; more is a 429. 0: no limit")
     resolve_timeout_s: float = _setting(30.0, "how long a request waits for the resolver to load its adapter, seconds")
     unload_timeout_s: float = _setting(120.0, "how long unloading waits for an adapter's requests, seconds")

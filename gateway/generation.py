@@ -124,11 +124,14 @@ class Generation:
         self._closed = False
         self._answered = False  # a token has come
         self._num_restarts = 0
+        self._names = [names_of([job.adapter]) for job in plan.jobs]
         commands = [self._command(job) for job in plan.jobs]
         for command in commands[:: plan.num_choices]:
             if (error := check_generate(command, lease.model)) is not None:
                 raise self._error(error)
         self._start(commands)
+        for job, names in list(zip(plan.jobs, self._names, strict=True))[:: plan.num_choices]:
+            lease.quotas.spend(names, len(job.prompt))
 
     def _command(self, job: Job) -> Generate:
         generation, mix = self.lease.binding(job.adapter)
@@ -182,7 +185,10 @@ class Generation:
         if output.token_ids:
             since = choice.last_s or self._plan.started_s
             self._metrics.on_token(now - since, first=not choice.last_s)
+            if not choice.last_s:
+                self._metrics.on_wait(label(self._plan.jobs[index].adapter), now - since)
             choice.last_s = now
+            self.lease.quotas.spend(self._names[index], len(output.token_ids))
         delta = choice.add(output)
         if delta is not None and delta.finish_reason is not None:
             request_id = self._live.pop(index)

@@ -4,7 +4,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Summary,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -19,7 +27,7 @@ _LATENCY_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 
 _ANSWER_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _MAX_SHOWN_ADAPTERS = 256  # in one label, and with series of their own
-_OTHER = "(other)"  # no adapter can be called so
+_OTHER, _BASE = "(other)", "(base)"  # no adapter can be called so
 
 
 class Metrics:
@@ -47,6 +55,12 @@ class Metrics:
         self._errors = counter("polylora_stream_errors", "Sequences that failed, by the worker's code.", "code")
         self._sequences = counter("polylora_adapter_sequences", "Sequences answered under an adapter.", "adapter")
         self._tokens = counter("polylora_adapter_tokens", "Tokens of those, prompts and answers.", "adapter", "kind")
+        self._wait = Summary(
+            "polylora_adapter_wait_seconds",
+            "From a request to its first token; (base) is the base model.",
+            ("adapter",),
+            registry=self.registry,
+        )
         self._shown: set[str] = set()  # adapters with series of their own; the others share one
         self._requests = counter("polylora_http_requests", "Answered HTTP requests.", "route", "code")
         self.disconnects = counter("polylora_client_disconnects", "Clients that went before their answer was complete.")
@@ -76,14 +90,20 @@ class Metrics:
 
     def on_adapter(self, name: str, num_prompt: int, num_generated: int) -> None:
         """A sequence under an adapter was answered in full."""
-        if name not in self._shown and name != SEVERAL:
-            if len(self._shown) < _MAX_SHOWN_ADAPTERS:
-                self._shown.add(name)
-            else:
-                name = _OTHER
+        name = self._label(name)
         self._sequences.labels(name).inc()
         self._tokens.labels(name, "prompt").inc(num_prompt)
         self._tokens.labels(name, "generated").inc(num_generated)
+
+    def on_wait(self, adapter: str | None, seconds: float) -> None:
+        """A sequence's first token came, so long after its request."""
+        self._wait.labels(_BASE if adapter is None else self._label(adapter)).observe(seconds)
+
+    def _label(self, adapter: str) -> str:
+        """An adapter's name, or what stands for all that came after so many."""
+        if len(self._shown) < _MAX_SHOWN_ADAPTERS:
+            self._shown.add(adapter)
+        return adapter if adapter in self._shown or adapter == SEVERAL else _OTHER
 
     def on_http(self, route: str, status: int) -> None:
         """An HTTP request ended."""

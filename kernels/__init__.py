@@ -4,21 +4,28 @@ Each op has one contract, said at its torch twin in reference.py and reference_l
 kernel in gpu/, which a GPU runs. What the ops are told of a step stands here.
 """
 
+from kernels.edges import EdgeRows, Edges, EdgeSite, add_embeddings, add_logits
 from kernels.paged_plan import PagedPlan
 from kernels.reference import AttentionPlan, DecodeGroup, PrefillSpan, kv_rows
-from kernels.segments import LoraSite, Segments
+from kernels.segments import LoraSite, Rescaled, Segments
 from kernels.work_list import AdapterRows, LoraDelta, Member, WorkList
 
 __all__ = [
     "AdapterRows",
     "AttentionPlan",
     "DecodeGroup",
+    "EdgeRows",
+    "EdgeSite",
+    "Edges",
     "LoraDelta",
     "LoraSite",
     "Member",
     "PagedPlan",
     "PrefillSpan",
+    "Rescaled",
     "Segments",
     "WorkList",
+    "add_embeddings",
+    "add_logits",
     "kv_rows",
 ]

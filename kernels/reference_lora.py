@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.segments import LoraSite, Segments
+from kernels.segments import LoraSite, Rescaled, Segments
 
 Single = tuple[int, int, list[float]]  # chunk id, row, scales
 
@@ -106,6 +106,24 @@ def lora_expand(y: Tensor, s: Tensor, chunks: Tensor, site: LoraSite, segments: 
                 lora_y[:, columns].index_add_(0, run.rows, product)
     if segments.span is None:
         y[segments.rows] = lora_y
+
+
+def lora_rescale(y: Tensor, chunks: Tensor, site: LoraSite, rescaled: Rescaled) -> None:
+    """Semantics: y[row] += y[row] * (m[0] + m[1]) + m[2] + m[3], in place, m being the row's magnitudes: see Rescaled.
+
+    y [num_tokens, sum(out_features)]: a base GEMM's output, with its bias. Other rows are not touched.
+    """
+    num_out, start = sum(site.out_features), 0
+    for num_rows, chunk_id in rescaled.groups:
+        rows = rescaled.table[start : start + num_rows, 0]
+        start += num_rows
+        parts = chunks[chunk_id, site.b_offset : site.b_offset + 4 * num_out].view(4, num_out).to(_wide(y))
+        base = y[rows].to(parts.dtype)
+        y[rows] = (base + (base * (parts[0] + parts[1]) + (parts[2] + parts[3]))).to(y.dtype)
+
+
+def _wide(y: Tensor) -> torch.dtype:
+    return torch.promote_types(y.dtype, torch.float32)
 
 
 def _work(chunks: Tensor, site: LoraSite, segments: Segments) -> Work:

@@ -1,4 +1,5 @@
-"""Segments: which rows of a flat batch go through which adapter chunks; and LoraSite: where a GEMM's A and B lie."""
+"""Segments: which rows of a flat batch go through which adapter chunks; LoraSite: where a GEMM's A and B lie; Rescaled:
+which rows are scaled by DoRA's magnitudes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -72,3 +73,26 @@ class Segments:
                 for scale, ids in zip(scales, chunk_ids, strict=True)
             ),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Rescaled:
+    """The rows of a step whose adapter has magnitudes (DoRA), and the chunk that holds them.
+
+    In such a chunk a site's place for B holds [4, sum(out_features)] instead: two parts whose sum is how much more than
+    1 the base GEMM's output is scaled by, and two whose sum is added behind that. In parts, since the sums of two
+    numbers of 16 bits are exact enough where one such number is not.
+    """
+
+    table: Tensor  # int64 [num_rows, 2]: rows of the flat batch, grouped by adapter, and the chunk of each
+    groups: tuple[tuple[int, int], ...]  # of the table, for ops that read on the host: how many rows, and their chunk
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], chunk_ids: Sequence[int], device: torch.device) -> "Rescaled":
+        """From each adapter's rows (not empty) and the chunk of its magnitudes."""
+        adapters = list(zip(rows, chunk_ids, strict=True))
+        table = torch.tensor([[row, chunk_id] for those, chunk_id in adapters for row in those], dtype=torch.int64)
+        if device.type == "cuda":  # from pageable memory the copy would wait for what is enqueued
+            table = table.pin_memory()
+        groups = tuple((len(those), chunk_id) for those, chunk_id in adapters)
+        return cls(table.to(device, non_blocking=True), groups)

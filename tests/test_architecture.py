@@ -33,10 +33,11 @@ THIRD_PARTY: dict[str, set[str]] = {
     },  # fmt: skip
 }
 # Scheduling is plain Python: these never import torch, so Hypothesis can drive them in microseconds a step.
-TORCH_FREE = ["sequence", "scheduler", "block_manager", "adapter_cache", "chunk_layout", "config", "grammar"]
+TORCH_FREE = ["sequence", "fair_queue", "scheduler", "block_manager", "adapter_cache"]
+TORCH_FREE += ["chunk_layout", "config", "grammar"]
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_CODE_LINES = 15_000  # of the four packages; blank lines and comments are free
+MAX_CODE_LINES = 17_000  # of the four packages; blank lines and comments are free
 
 
 def modules(package: str) -> list[Path]:

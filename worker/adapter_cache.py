@@ -7,6 +7,7 @@ and always is in the private store, from which it comes back by digest. Nothing 
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import islice
 
 from protocol.errors import Error, ErrorCode
 from protocol.messages import AdapterInfo, AdapterMemory, AdapterState, AdapterUsage
@@ -35,6 +36,7 @@ class Adapter:
     num_running: int = 0  # those of them whose steps need it on the device
     chunk_ids: tuple[int, ...] = ()  # empty: not on the device
     arriving: bool = False  # its copy to chunk_ids is not done
+    is_sum: bool = True  # so that it may be weighted and added to others: see adapter_weights.Parts
     reserved: bool = False  # a waiting mix has it on the device already and waits for others
     in_host: bool = False
     num_requests: int = 0  # sequences ever bound to it
@@ -118,6 +120,10 @@ class AdapterCache:
         found = [a for a in self._adapters.values() if a.name == name and a.unloaded]
         return found[-1] if found else None
 
+    def names_of(self, generations: set[int]) -> list[str]:
+        """The names of some generations, base left out."""
+        return sorted({self._adapters[generation].name for generation in generations if generation in self._adapters})
+
     def memory(self, chunk_bytes: int) -> AdapterMemory:
         """What all of them take. For any thread: it reads copies."""
         adapters = self.adapters()
@@ -140,7 +146,7 @@ class AdapterCache:
         repinned: the generation itself, when only its pin is to change.
         """
         replaced = self._names.get(name)
-        others = [a for a in self._adapters.values() if a.pinned and a.generation != replaced]
+        others = {a for a in self._adapters.values() if a.pinned and a.generation != replaced}
         if pinned and len(others) >= self._max_per_batch - 1:
             return _limit(
                 f"adapter '{name}' cannot be pinned: {len(others)} are, and at most --max-loras-per-batch minus one"
@@ -188,6 +194,7 @@ class AdapterCache:
         num_chunks: int,
         pinned: bool,
         created: int,
+        is_sum: bool = True,
     ) -> tuple[Adapter, Adapter | None]:
         """Binds a name to new content: the new generation, and the one that the name has left. `check` comes first."""
         self._last_generation += 1
@@ -203,6 +210,7 @@ class AdapterCache:
             num_chunks=num_chunks,
             pinned=pinned,
             created=created,
+            is_sum=is_sum,
         )
         old = self.named(name)
         self._adapters[adapter.generation] = adapter
@@ -248,20 +256,21 @@ class AdapterCache:
 
     # -------------------------------------------------------------------------------------------------- device
 
-    def has_room(self, adapter: Adapter) -> bool:
-        """Whether `place` would find room."""
-        return self._victims(adapter.num_chunks) is not None
+    def has_room(self, adapter: Adapter, spare_only: bool = False) -> bool:
+        """Whether `place` would find room. spare_only: without taking it from one that a sequence waits for."""
+        return self._victims(adapter.num_chunks, spare_only) is not None
 
-    def _victims(self, num_chunks: int) -> list[Adapter] | None:
+    def _victims(self, num_chunks: int, spare_only: bool = False) -> list[Adapter] | None:
         victims: list[Adapter] = []
         num_free = len(self._free_chunks)
-        for generation in self._device:
-            if num_free >= num_chunks:
-                break
-            other = self._adapters[generation]
-            if other.idle:
-                victims.append(other)
-                num_free += other.num_chunks
+        for is_wanted in (False,) if spare_only else (False, True):  # those that a sequence waits for go last
+            for generation in self._device:
+                if num_free >= num_chunks:
+                    break
+                other = self._adapters[generation]
+                if other.idle and (other.num_sequences > 0) is is_wanted:
+                    victims.append(other)
+                    num_free += other.num_chunks
         return victims if num_free >= num_chunks else None
 
     def place(self, adapter: Adapter) -> list[Adapter] | None:
@@ -311,15 +320,29 @@ class AdapterCache:
         self._host[adapter.generation] = None
         self._host.move_to_end(adapter.generation)
         leaving: list[Adapter] = []
-        others = [self._adapters[generation] for generation in self._host]
-        for other in sorted(others, key=lambda other: other.num_sequences > other.num_running):  # wanted ones last
-            if len(self._host) - len(leaving) <= self._max_loaded:
-                break
-            if other is not adapter and not other.pinned:
-                leaving.append(other)
-        for other in leaving:
+        while len(self._host) > self._max_loaded and (other := self._next_to_leave_host(adapter)) is not None:
             self.drop_from_host(other)
+            leaving.append(other)
         return leaving
+
+    def _next_to_leave_host(self, arrived: Adapter) -> Adapter | None:
+        """The least recently used that no sequence waits for, or failing that any that may go."""
+        wanted = None
+        for generation in self._host:
+            adapter = self._adapters[generation]
+            if adapter is arrived or adapter.pinned:
+                continue
+            if adapter.num_sequences == adapter.num_running:
+                return adapter
+            wanted = wanted or adapter
+        return wanted
+
+    def has_spare_host_place(self, num_coming: int) -> bool:
+        """Whether one more than so many can come without driving out one that a sequence waits for."""
+        num_needed = len(self._host) + num_coming + 1 - self._max_loaded
+        there = (self._adapters[generation] for generation in self._host)
+        loose = (a for a in there if not a.pinned and a.num_sequences == a.num_running)
+        return num_needed <= 0 or next(islice(loose, num_needed - 1, None), None) is not None
 
     def touch(self, adapter: Adapter) -> None:
         """The adapter was used."""

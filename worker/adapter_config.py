@@ -29,13 +29,11 @@ MUST_BE_OFF = [
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 ]
 # Why, where it is not plain from the name.
 REASONS = {
-    "use_dora": " (its magnitudes scale what the base layer puts out, which a sum of low-rank products cannot do)",
     "lora_bias": " (biases are not applied)",
     "modules_to_save": " (whole modules are not replaced, only low-rank changes are applied)",
     "trainable_token_indices": " (the embeddings are the base model's)",
@@ -71,6 +69,8 @@ class AdapterConfig(Struct, frozen=True, kw_only=True):
     target_modules: list[str] | str
     exclude_modules: list[str] | str | None = None
     use_rslora: bool = False
+    use_dora: bool = False
+    ensure_weight_tying: bool = False
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, Alpha] | None = None
     layers_to_transform: list[LayerIndex] | LayerIndex | None = None

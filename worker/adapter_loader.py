@@ -38,18 +38,20 @@ class AdapterLoader:
         pin_memory: bool = False,
         resolver: Path | None = None,
         source_timeout_s: float = 600.0,
+        model_dir: Path | None = None,
     ) -> None:
         """roots and hub_allow (patterns of hub ids and URLs) say what a source that is not trusted may name.
 
         pin_memory: see read_packed. resolver: the directory of `load_named`. source_timeout_s: of one download.
+        model_dir: see AdapterPacker.
         """
         self._layout = model.chunk_layout()
         self._dtype = dtype
         self._pin_memory = pin_memory
         self._store = AdapterStore(store_dir)
         self._sources = AdapterSources(roots, hub_allow, Downloads(store_dir, source_timeout_s), resolver)
-        self._packer = AdapterPacker(self._layout, dtype, limits, store_dir)
-        self._process = PackerProcess(self._layout, dtype, limits, store_dir)
+        self._packer = AdapterPacker(self._layout, dtype, limits, store_dir, model_dir)
+        self._process = PackerProcess(self._layout, dtype, limits, store_dir, model_dir)
         self._takes_in: AdapterPacker | PackerProcess = self._packer
         self._repairing = threading.Lock()
         self._in_memory: WeakValueDictionary[str, PackedAdapter] = WeakValueDictionary()  # by digest

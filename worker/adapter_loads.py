@@ -21,21 +21,21 @@ MAX_FAILURES = 256  # remembered; the oldest is forgotten first
 
 
 @dataclass(slots=True, frozen=True)
-class Failure:
-    """Sequences of a generation or a mix that must end with an error; the engine carries it out."""
-
-    generation: int
-    error: Error
-    waiting_only: bool
-
-
-@dataclass(slots=True, frozen=True)
 class Waiter:
     """Whom a reply goes to."""
 
     owner: Owner
     request_id: int
     deadline_s: float = 0.0
+
+
+@dataclass(slots=True, frozen=True)
+class Failure:
+    """Sequences of a generation or a mix that must end with an error; the engine carries it out."""
+
+    generation: int
+    error: Error
+    waiting_only: bool
 
 
 @dataclass(slots=True, eq=False)

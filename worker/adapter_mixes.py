@@ -7,7 +7,7 @@ and AdapterPool.resident knows it. Everything here runs on the engine thread.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from protocol.errors import Error
+from protocol.errors import Error, ErrorCode
 from protocol.messages import BASE_GENERATION, MixMember
 from worker.adapter_cache import Adapter
 from worker.adapter_loads import GONE, Failure
@@ -29,6 +29,7 @@ class Mix:
     adapters: list[Adapter]
     weighted: Weighted
     namespace: bytes  # of its KV
+    client: str  # whose share its tokens are counted in: that of its largest weight
     num_sequences: int = 0
 
     @property
@@ -80,7 +81,8 @@ class AdapterMixes:
     def _begin(self, adapters: list[tuple[Adapter, float]], weighted: Weighted) -> Mix:
         self._last_number -= 1
         namespace = b"".join(f"{adapter.digest}*{weight!r}+".encode() for adapter, weight in adapters)
-        mix = Mix(self._last_number, [adapter for adapter, _ in adapters], weighted, namespace)
+        heaviest, _ = max(adapters, key=lambda entry: abs(entry[1]))
+        mix = Mix(self._last_number, [adapter for adapter, _ in adapters], weighted, namespace, heaviest.name)
         self._mixes[mix.number] = mix
         self._numbers[weighted] = mix.number
         self._pool.mixes[mix.number] = weighted
@@ -94,10 +96,6 @@ class AdapterMixes:
             del self._mixes[number], self._numbers[mix.weighted], self._pool.mixes[number]
         for generation in mix.generations:
             self._service.unbind(generation)
-
-    def generations(self, generation: int) -> tuple[int, ...]:
-        """Those of a mix, or the generation itself."""
-        return self._mixes[generation].generations if generation < BASE_GENERATION else (generation,)
 
     def acquire(self, number: int) -> Admission:
         """For the scheduler: brings all to the device, then holds all. Until then none is held, so nothing can lock up.
@@ -116,7 +114,8 @@ class AdapterMixes:
                 self._reserve(adapter)
         if admissions == {Admission.GRANTED}:
             for adapter in mix.adapters:
-                self._service.hold(adapter)
+                self._cache.hold(adapter)
+                self._cache.touch(adapter)
                 self._cache.set_reserved(adapter, False)  # held, it needs no more
             return Admission.GRANTED
         if Admission.FULL not in admissions:
@@ -144,5 +143,12 @@ class AdapterMixes:
 
 
 def _check_members(adapters: list[tuple[Adapter, float]]) -> Error | None:
-    """Why these cannot be weighted and added: for adapters that are more than a sum. There are none so far."""
+    """Why these cannot be weighted and added."""
+    for adapter, _ in adapters:
+        if not adapter.is_sum:
+            message = (
+                f"adapter '{adapter.name}' cannot be mixed or scaled: it has DoRA's magnitudes, or changes embed_tokens"
+                " or lm_head"
+            )
+            return Error(ErrorCode.INVALID_REQUEST, message, "lora_path")
     return None

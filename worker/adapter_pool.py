@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worker.adapter_weights import PackedAdapter
+from worker.adapter_weights import PackedAdapter, Parts
 from worker.chunk_layout import MODULES, ChunkLayout
 
 
@@ -14,8 +14,24 @@ from worker.chunk_layout import MODULES, ChunkLayout
 class ResidentAdapter:
     """Where an adapter generation lies in the pool."""
 
-    chunk_ids: tuple[int, ...]  # rows of AdapterPool.chunks
+    all_chunk_ids: tuple[int, ...]  # rows of AdapterPool.chunks
     scales: Tensor  # float32 [num_layers, len(MODULES)], on the pool's device
+    parts: Parts  # what the chunks are
+
+    @property
+    def chunk_ids(self) -> tuple[int, ...]:
+        """Of what it has in the layers; none: nothing."""
+        return self.all_chunk_ids[: self.parts.num_layered]
+
+    @property
+    def magnitudes(self) -> int | None:
+        """The chunk of DoRA's magnitudes."""
+        return self.all_chunk_ids[self.parts.num_layered] if self.parts.has_magnitudes else None
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """The chunks of embed_tokens and lm_head."""
+        return self.all_chunk_ids[self.parts.num_chunks - self.parts.num_edges :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +42,10 @@ class ResidentMix:
 
     @property
     def chunk_ids(self) -> tuple[int, ...]:
-        """Of all of them."""
+        """Of all of them, which are sums alone."""
         return tuple(chunk_id for adapter, _ in self.members for chunk_id in adapter.chunk_ids)
+
+    all_chunk_ids = chunk_ids
 
     @property
     def scales(self) -> Tensor:
@@ -50,6 +68,7 @@ class AdapterPool:
         self._residents: dict[int, ResidentAdapter] = {}
         self._owners: dict[int, int] = {}  # chunk id → generation
         self.mixes: dict[int, tuple[tuple[int, float], ...]] = {}  # by number, below 0: generations and weights
+        self.rare: set[int] = set()  # generations in the pool that are more than a sum in the layers: Parts.is_sum
 
     def upload(self, generation: int, packed: PackedAdapter, chunk_ids: Sequence[int]) -> None:
         """Copy an adapter into the given free chunks, which become its own until remove.
@@ -69,7 +88,9 @@ class AdapterPool:
         if self._copies is not None:
             self._arriving[generation] = self._copies.record_event()
         self._owners.update(dict.fromkeys(chunk_ids, generation))
-        self._residents[generation] = ResidentAdapter(tuple(chunk_ids), scales)
+        self._residents[generation] = ResidentAdapter(tuple(chunk_ids), scales, packed.parts)
+        if not packed.parts.is_sum:
+            self.rare.add(generation)
 
     def is_ready(self, generation: int) -> bool:
         """Whether an uploaded adapter's copy is done. Never waits."""
@@ -81,14 +102,18 @@ class AdapterPool:
     def remove(self, generation: int) -> None:
         """Forget an adapter; its chunks may be given to another, whose copy comes behind this one's and its steps."""
         self._arriving.pop(generation, None)
+        self.rare.discard(generation)
         if self._copies is not None:
             self._freed = torch.cuda.current_stream().record_event()
-        for chunk_id in self._residents.pop(generation).chunk_ids:
+        for chunk_id in self._residents.pop(generation).all_chunk_ids:
             del self._owners[chunk_id]
 
-    def resident(self, generation: int) -> ResidentAdapter | ResidentMix:
-        """The place of an uploaded adapter, or of a mix. KeyError if it is not in the pool: never the base model in
-        silence."""
+    def resident(self, generation: int) -> ResidentAdapter:
+        """The place of an uploaded adapter. KeyError if it is not in the pool: never the base model in silence."""
+        return self._residents[generation]
+
+    def resident_or_mix(self, generation: int) -> ResidentAdapter | ResidentMix:
+        """The same, of a mix too, by its number."""
         if generation in self.mixes:
             return ResidentMix(tuple((self._residents[member], w) for member, w in self.mixes[generation]))
         return self._residents[generation]

@@ -101,7 +101,8 @@ class AdapterService:
         assert adapter is not None
         admission = self.bring(adapter)
         if admission is Admission.GRANTED:
-            self.hold(adapter)
+            self.cache.hold(adapter)
+            self.cache.touch(adapter)
         return admission
 
     def bring(self, adapter: Adapter) -> Admission:
@@ -113,15 +114,21 @@ class AdapterService:
             packed = self._host.get(adapter.generation)
             if packed is None:
                 self._reload(adapter)
-                return Admission.LOADING
-            if not self._upload(adapter, packed):
+            if packed is None or not self._upload(adapter, packed):
                 return Admission.LOADING
         return Admission.LOADING if self._is_arriving(adapter) else Admission.GRANTED
 
-    def hold(self, adapter: Adapter) -> None:
-        """One more running sequence needs an adapter that is on the device."""
-        self.cache.hold(adapter)
-        self.cache.touch(adapter)
+    def prefetch(self, generation: int) -> bool:
+        """For the scheduler: see AdapterResidency."""
+        adapter = self.cache.get(generation)
+        if adapter is None or adapter.chunk_ids:
+            return True
+        adapter.missed = True  # however short the wait will be
+        if (packed := self._host.get(generation)) is not None:
+            return self.cache.has_room(adapter, spare_only=True) and self._upload(adapter, packed)
+        if generation not in self._reloading and self.cache.has_spare_host_place(len(self._reloading)):
+            self._reload(adapter)
+        return False
 
     def release(self, generation: int) -> None:
         """For the scheduler: see AdapterResidency."""
@@ -131,11 +138,6 @@ class AdapterService:
         adapter = self.cache.get(generation)
         assert adapter is not None
         self.cache.unhold(adapter)
-
-    def names_of(self, generations: set[int]) -> list[str]:
-        """The names of some generations and of what is in some mixes, base left out."""
-        adapters = (self.cache.get(g) for generation in generations for g in self.mixes.generations(generation))
-        return sorted({adapter.name for adapter in adapters if adapter is not None})
 
     def take_failures(self) -> list[Failure]:
         """Sequences to fail, said once."""
@@ -251,6 +253,7 @@ class AdapterService:
             num_bytes=packed.num_bytes,
             stored_bytes=packed.stored_bytes,
             num_chunks=num_chunks,
+            is_sum=packed.parts.is_sum,
             pinned=pinned,
             created=int(time.time()),
         )

@@ -18,13 +18,15 @@ from protocol.errors import Error, ErrorCode
 from worker.adapter_config import CONFIG_FILE, AdapterError, beyond_limit, invalid
 from worker.adapter_source import INDEX_FILE, SHARD_FILE, WEIGHTS_FILE, SourceDirectory, check_file_names
 
-TEMP_PREFIX = ".copy-"
+TEMP_PREFIX = ".copy-"  # and the id of the process that makes it
+TEMP_NAME = 8  # characters that mkdtemp puts behind that
 LEFTOVER_AGE_S = 24 * 3600
 MAX_JSON_BYTES = 4 << 20
 MAX_SHARDS = 64
 PIECE_BYTES = 8 << 20
 REMOVED_AT_ONCE_BYTES = 2 << 20
 DERIVED = {"packed.json", "packed.bin"}  # made from the rest: see packed_file
+Signature = dict[str, tuple[int, int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class AdapterStore:
         directory.chmod(0o700)
         self.directory = directory
         self._references: Counter[str] = Counter()
+        self._installed: dict[str, Signature] = {}  # the files as they were put or last checked
         self._lock = threading.Lock()  # of the references, and of what is done because of them
         self._installing = threading.Lock()  # else what one has just installed is another's damaged copy
         for leftover in directory.glob(f"{TEMP_PREFIX}*"):  # of a process that died; another one may be at work now
@@ -78,6 +81,7 @@ class AdapterStore:
             if self._references[digest] > 0:
                 return
             del self._references[digest]
+            self._installed.pop(digest, None)
             doomed = self.directory / f"{TEMP_PREFIX}{digest}-{time.monotonic_ns()}"
             with suppress(FileNotFoundError):  # it never came, or was lost
                 (self.directory / digest).rename(doomed)
@@ -92,20 +96,25 @@ class AdapterStore:
         except OSError:
             intact = False
         if not intact:
+            self._installed.pop(digest, None)
             raise invalid("the adapter's copy in the worker's store is gone or damaged; load it again")
         return path
 
     def _install(self, temp: Path, digest: str) -> None:
+        target = self.directory / digest
+        with suppress(OSError):
+            if self._installed.get(digest) == _signature(target):
+                return  # the same content is here already; whoever reads it to pack it again checks it in full
         try:
             self.get(digest)
-            return  # the same content is here already
+            return
         except AdapterError as error:
             assert error.error.code is ErrorCode.ADAPTER_INVALID
-        target = self.directory / digest
         if target.exists():  # damaged: moved away first, since a rename does not replace a directory with files
             target.rename(temp / "damaged")
         temp.rename(target)
         shutil.rmtree(target / "damaged", ignore_errors=True)
+        self._installed[digest] = _signature(target)
 
 
 def copy_in(directory: Path, source: SourceDirectory, max_bytes: int) -> Incoming:
@@ -115,7 +124,7 @@ def copy_in(directory: Path, source: SourceDirectory, max_bytes: int) -> Incomin
     """
     names = wanted_files(source.file_names())
     with full_disk_is_an_error():
-        temp = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=directory))
+        temp = Path(tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir=directory))
         try:
             return Incoming(temp, _copy(source, names, temp, max_bytes))
         except BaseException:
@@ -185,6 +194,12 @@ def wanted_files(names: list[str]) -> list[str]:
     if len(shards) > MAX_SHARDS:
         raise beyond_limit(f"the adapter has more than {MAX_SHARDS} files of tensors")
     return [CONFIG_FILE, INDEX_FILE, *shards]
+
+
+def _signature(directory: Path) -> Signature:
+    """What changes when a file is written: its size, time and inode, by name."""
+    stats = {path.name: path.stat() for path in directory.iterdir() if path.name not in DERIVED}
+    return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
 
 
 def _digest(directory: Path) -> str:

@@ -7,14 +7,17 @@ from typing import TypeVar
 
 from worker.adapter_config import CONFIG_FILE, AdapterConfig, beyond_limit, invalid
 from worker.adapter_patterns import MAX_PATTERNS, Pattern, match_all
-from worker.chunk_layout import MODULES
+from worker.chunk_layout import MODULES, EdgeLayout
 
 T = TypeVar("T")
 
 Place = tuple[int, str]  # layer, module
 
+OUTSIDE = -1  # the layer of what stands in none
+EMBEDDINGS = (OUTSIDE, "embed_tokens")
+HEAD = (OUTSIDE, "lm_head")
+EDGE_PATHS = {"model.embed_tokens": EMBEDDINGS, "lm_head": HEAD}
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-EMBEDDINGS = ("model.embed_tokens", "lm_head")
 ALL_LINEAR = "all-linear"  # every linear layer but the output head
 
 
@@ -28,16 +31,24 @@ class Target:
 
 def module_path(layer: int, module: str) -> str:
     """A module's name inside the model, as in model.layers.0.self_attn.q_proj."""
+    if layer == OUTSIDE:
+        return "lm_head" if module == "lm_head" else f"model.{module}"
     return f"model.layers.{layer}.{'self_attn' if module in ATTENTION_MODULES else 'mlp'}.{module}"
 
 
-def find_targets(config: AdapterConfig, num_layers: int) -> dict[Place, Target]:
-    """Every targeted module of a model with num_layers layers. Raises AdapterError if there is none."""
+def find_targets(config: AdapterConfig, num_layers: int, edges: EdgeLayout | None = None) -> dict[Place, Target]:
+    """Every targeted module of a model with num_layers layers. Raises AdapterError if there is none.
+
+    edges: the model's, if its embeddings and its head may be targeted.
+    """
     places = {module_path(layer, module): (layer, module) for layer in range(num_layers) for module in MODULES}
-    chosen = _chosen([*places, *EMBEDDINGS], config)
-    for name in EMBEDDINGS:
-        if name in chosen:
-            raise invalid(f"{CONFIG_FILE}: target_modules holds {name.split('.')[-1]}, which is not supported")
+    places |= EDGE_PATHS
+    chosen = _chosen(list(places), config)
+    chosen_edges = chosen & EDGE_PATHS.keys()
+    if chosen_edges:
+        _check_edges(config, min(chosen_edges), edges)
+        if edges is not None and edges.is_tied and config.ensure_weight_tying:
+            chosen |= EDGE_PATHS.keys()  # PEFT then changes both, and saves both
     if not chosen:
         raise invalid(f"{CONFIG_FILE}: target_modules matches no module of this model")
     paths = [path for path in places if path in chosen]
@@ -51,10 +62,21 @@ def find_targets(config: AdapterConfig, num_layers: int) -> dict[Place, Target]:
     return targets
 
 
+def _check_edges(config: AdapterConfig, path: str, edges: EdgeLayout | None) -> None:
+    name = path.split(".")[-1]
+    if config.use_dora:
+        raise invalid(f"{CONFIG_FILE}: use_dora with {name} among target_modules is not supported")
+    if edges is None:
+        raise invalid(
+            f"{CONFIG_FILE}: target_modules holds {name}, which is not supported: for so few layers this model's"
+            " vocabulary is too large"
+        )
+
+
 def _chosen(paths: list[str], config: AdapterConfig) -> set[str]:
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        chosen = set(paths) - set(EMBEDDINGS)
+        chosen = set(paths) - EDGE_PATHS.keys()
     elif isinstance(targets, str):
         chosen = set(match_all([Pattern("target_modules", targets, targets, "fullmatch")], paths)[0])
     else:

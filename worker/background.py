@@ -9,6 +9,7 @@ from typing import TypeVar
 from worker.mailbox import JobDone, Message
 
 log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
@@ -44,6 +45,6 @@ class Background:
 
 
 def log_failure(result: object) -> None:
-    """Of the removal of an adapter's copy, which nobody waits for."""
+    """For a job whose outcome nobody waits for."""
     if isinstance(result, Exception):
-        log.error("an adapter's copy could not be removed from the store", exc_info=result)
+        log.error("a job in the background failed", exc_info=result)

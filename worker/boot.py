@@ -21,6 +21,7 @@ from worker.chunk_layout import ChunkLayout
 from worker.config import ConfigError, WorkerConfig
 from worker.device import Target, find_target
 from worker.engine import Engine
+from worker.fair_queue import BASE_CLIENT
 from worker.grammar import GrammarCompiler
 from worker.grammar_service import GrammarService
 from worker.kv_cache import KVCache
@@ -198,6 +199,7 @@ def _make_loader(config: WorkerConfig, base: Base, store_dir: Path) -> AdapterLo
         pin_memory=target.device.type == "cuda",
         resolver=None if config.adapter_resolver is None else Path(config.adapter_resolver),
         source_timeout_s=config.source_timeout,
+        model_dir=base.directory,
     )
 
 
@@ -242,6 +244,8 @@ def _make_engine(
         max_prefill_tokens=base.target.chunked_prefill_size,
         max_adapters=config.max_loras_per_batch,
         max_overtake_s=config.lora_drain_wait_threshold,
+        is_fair=config.schedule_policy == "vtc",
+        weights={BASE_CLIENT if name in base.card.names else name: w for name, w in config.adapter_weights},
     )
     return Engine(
         base.card,
@@ -303,6 +307,7 @@ def _make_runner(config: WorkerConfig, base: Base, pool: AdapterPool | None, sta
         max_rows=min(config.cuda_graph_max_bs, target.max_running_requests),
         max_chunks=max_chunks,
         max_model_len=base.plan.max_model_len,
+        with_magnitudes=config.cuda_graph_dora,
     )
     start_up.done("graphs")
     runner = TritonRunner(decoder, model, kv_cache, pool, max_chunks=max_chunks, graphs=graphs)

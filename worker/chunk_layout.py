@@ -6,6 +6,11 @@ freely and nothing is padded to a maximum. Rank paging is S-LoRA's idea (Sheng e
     chunk  = layer 0 | layer 1 | ...
     layer  = qkv_proj: A [3·16, hidden], B [q+k+v, 16] | o_proj: A [16, q], B [hidden, 16]
            | gate_up_proj: A [2·16, hidden], B [2·intermediate, 16] | down_proj: A [16, intermediate], B [hidden, 16]
+
+Behind these an adapter may have chunks of two other kinds, of the same size, so that the pool knows only one:
+
+    magnitudes (DoRA), one  = laid out as above, with [4, out] in the place of each B: see kernels.Rescaled
+    edges, rank-16 slices   = embed_tokens: Aᵀ [vocab, 16], B [hidden, 16] | lm_head: A [16, hidden], B [vocab, 16]
 """
 
 from dataclasses import dataclass
@@ -21,6 +26,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 MODULES: tuple[str, ...] = tuple(module for modules in GROUPS.values() for module in modules)
 
+EDGES = ("embed_tokens", "lm_head")  # what stands outside of the layers
+ALL_MODULES = (*MODULES, *EDGES)
+
 
 @dataclass(frozen=True, slots=True)
 class GroupLayout:
@@ -34,20 +42,51 @@ class GroupLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class EdgeLayout:
+    """What a chunk of edges holds. Elements, not bytes."""
+
+    vocab_size: int
+    hidden_size: int
+    is_tied: bool  # the head's weights are the embeddings'
+
+    def offsets(self) -> tuple[int, int, int, int]:
+        """Of the embeddings' A and B and the head's A and B."""
+        of_vocab, of_hidden = CHUNK_RANK * self.vocab_size, CHUNK_RANK * self.hidden_size
+        return 0, of_vocab, of_vocab + of_hidden, of_vocab + 2 * of_hidden
+
+    @property
+    def size(self) -> int:
+        return 2 * CHUNK_RANK * (self.vocab_size + self.hidden_size)
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkLayout:
     """The layout of a model's chunks. Elements, not bytes."""
 
     num_layers: int
     groups: dict[str, GroupLayout]
     layer_size: int
+    edges: EdgeLayout | None = None  # None: they do not fit into a chunk, as in a model of next to no layers
 
     @property
     def chunk_size(self) -> int:
         return self.num_layers * self.layer_size
 
     @classmethod
-    def of(cls, num_layers: int, hidden_size: int, q_size: int, kv_size: int, intermediate_size: int) -> "ChunkLayout":
-        """The layout for a Llama-shaped model: q_size and kv_size are heads times head size."""
+    def of(
+        cls,
+        num_layers: int,
+        hidden_size: int,
+        q_size: int,
+        kv_size: int,
+        intermediate_size: int,
+        vocab_size: int = 0,
+        is_tied: bool = False,
+    ) -> "ChunkLayout":
+        """The layout for a Llama-shaped model: q_size and kv_size are heads times head size.
+
+        vocab_size: 0 for a model whose embeddings and head no adapter may change.
+        """
         shapes = {
             "qkv_proj": (hidden_size, (q_size, kv_size, kv_size)),
             "o_proj": (q_size, (hidden_size,)),
@@ -61,7 +100,9 @@ class ChunkLayout:
             a_size = len(modules) * CHUNK_RANK * in_features
             groups[name] = GroupLayout(modules, in_features, out_features, offset, offset + a_size)
             offset += a_size + sum(out_features) * CHUNK_RANK
-        return cls(num_layers, groups, offset)
+        edges = EdgeLayout(vocab_size, hidden_size, is_tied)
+        fits = vocab_size > 0 and edges.size <= num_layers * offset
+        return cls(num_layers, groups, offset, edges if fits else None)
 
     @staticmethod
     def num_chunks(rank: int) -> int:

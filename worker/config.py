@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from protocol.messages import AdapterName
-from worker.chunk_layout import CHUNK_RANK, MODULES
+from worker.chunk_layout import ALL_MODULES, CHUNK_RANK
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -42,6 +42,18 @@ class AdapterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return cls(name, path)
         is_hub_id = text.count("/") == 1 and text[0].isalnum()
         return cls(text if is_hub_id else Path(text).name, text)
+
+
+def parse_weight(text: str) -> tuple[str, float]:
+    """Reads NAME=W. Raises ConfigError."""
+    name, _, weight = text.rpartition("=")
+    try:
+        value = float(weight)
+    except ValueError:
+        value = 0.0
+    if not name or not 0.01 <= value <= 100:
+        raise ConfigError(f"--adapter-weights: {text!r} is not NAME=W with a weight of 0.01 to 100")
+    return name, value
 
 
 def default_endpoint() -> str:
@@ -100,13 +112,29 @@ class WorkerConfig:
         None, "largest rank that is accepted", type=int, default_text="what the adapter pool holds"
     )
     lora_target_modules: tuple[str, ...] = _setting(
-        ("all",), f"modules that adapters may change: all, or some of {', '.join(MODULES)}", nargs="+"
+        ("all",), f"modules that adapters may change: all, or some of {', '.join(ALL_MODULES)}", nargs="+"
     )
     lora_eviction_policy: str = _setting(
         "lru", "which idle adapter leaves the device first: least recently used or first in", choices=("lru", "fifo")
     )
     lora_drain_wait_threshold: float = _setting(
-        1.0, "seconds that a request may be overtaken while it waits for a place among the step's adapters"
+        1.0,
+        "seconds from its arrival that a request may be overtaken if it waits for a place among the step's adapters",
+    )
+    schedule_policy: str = _setting(
+        "vtc",
+        "who is admitted next: vtc is fair between adapters, the base model being one of them, by virtual token"
+        " counters; fcfs is the order of arrival",
+        choices=("vtc", "fcfs"),
+    )
+    adapter_weights: tuple[tuple[str, float], ...] = _setting(
+        (),
+        "shares under vtc, each NAME=W: twice the weight is twice the tokens while both wait; the base model has a"
+        " name too, and a name need not be loaded yet",
+        nargs="+",
+        action="extend",
+        type=parse_weight,
+        default_text="1 for each",
     )
     tp_size: int = _setting(1, "devices that share one model; only 1 so far")
     dtype: str = _setting(
@@ -130,6 +158,11 @@ class WorkerConfig:
     )
     cuda_graph_max_bs: int = _setting(
         256, "sequences in the largest step that is captured as a CUDA graph; without a GPU there are none"
+    )
+    cuda_graph_dora: bool = _setting(
+        False,
+        "capture steps with DoRA adapters too, which otherwise run without a graph; it makes the start longer",
+        action="store_true",
     )
     mem_fraction: float | None = _setting(
         None,
@@ -193,7 +226,7 @@ class WorkerConfig:
 
     @property
     def target_modules(self) -> frozenset[str]:
-        return frozenset(MODULES if self.lora_target_modules == ("all",) else self.lora_target_modules)
+        return frozenset(ALL_MODULES if self.lora_target_modules == ("all",) else self.lora_target_modules)
 
     @property
     def listen_on(self) -> str:
@@ -247,9 +280,11 @@ def _check_adapters(config: WorkerConfig) -> None:
     for spec in config.lora_paths:
         _check_spec(spec, taken)
         taken.add(spec.lora_name)
-    unknown = set() if config.lora_target_modules == ("all",) else set(config.lora_target_modules) - set(MODULES)
+    unknown = set() if config.lora_target_modules == ("all",) else set(config.lora_target_modules) - set(ALL_MODULES)
     if unknown:
-        raise ConfigError(f"--lora-target-modules: all alone, or some of {', '.join(MODULES)}; not {sorted(unknown)}")
+        raise ConfigError(
+            f"--lora-target-modules: all alone, or some of {', '.join(ALL_MODULES)}; not {sorted(unknown)}"
+        )
     held = (config.num_lora_chunks or config.max_lora_rank or 0) * CHUNK_RANK
     if config.max_lora_rank is not None and held < config.max_lora_rank:
         raise ConfigError(f"--num-lora-chunks holds rank {held}, less than --max-lora-rank {config.max_lora_rank}")

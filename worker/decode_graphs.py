@@ -1,10 +1,13 @@
-"""DecodeGraphs: decode steps as CUDA graphs, one for each bucket of rows, with and without adapters.
+"""DecodeGraphs: decode steps as CUDA graphs, one for each bucket of rows, without adapters and with.
+
+On request there is a third of each bucket, for steps in which some adapter has magnitudes (DoRA).
 
 A graph holds everything from the step before's tokens to its own: their look-up, the forward pass, the logits, each
 row's best token, and where the next step finds it. It is captured once and serves any mix of adapters and contexts:
 what changes from step to step stands in buffers at fixed addresses.
 """
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import PagedPlan, WorkList
+from kernels import PagedPlan, Rescaled, WorkList
 from kernels.gpu import argmax, launch
 from worker.adapter_pool import AdapterPool
 from worker.kv_cache import KVCache
@@ -42,7 +45,7 @@ class Bucket:
 
     def __init__(
         self, num_rows: int, max_blocks: int, kv_cache: KVCache, window: int | None, pool: AdapterPool | None,
-        max_chunks: int, side: SideStream,
+        max_chunks: int, side: SideStream, with_magnitudes: bool,
     ) -> None:  # fmt: skip
         device = kv_cache.data.device
         num_kv_heads = kv_cache.data.shape[3]
@@ -60,21 +63,29 @@ class Bucket:
         self.steps = [Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, None)]
         self.work: WorkList | None = None
         self._pool = pool
+        # Of Rescaled; behind the rows that adapters with magnitudes have, -1.
+        self.magnitudes = torch.full((num_rows, 2), -1, dtype=torch.int64, device=device)
         if pool is not None:
             block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows)
             self.work = WorkList(pool.scales, num_rows, max_chunks, block_rows, long_rows)
             self.work.update(num_rows, [])
             lora = Lora(pool.chunks, self.work, side if num_rows <= MAX_ROWS else None)
             self.steps.append(Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, lora))
-        self.graphs: list[Captured] = []  # without adapters, with
+            if with_magnitudes:
+                lora = dataclasses.replace(lora, rescaled=Rescaled(self.magnitudes, ()))
+                self.steps.append(Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, lora))
+        self.graphs: list[Captured] = []  # without adapters, with, with magnitudes
         self.adapted: list[Adapted] = []  # what the work list describes
 
-    def set_adapters(self, adapted: list[Adapted]) -> None:
+    def set_adapters(self, adapted: list[Adapted], rescaled: Rescaled | None) -> None:
         """Brings the work list up to date; a batch that goes on decoding has the same one."""
         assert self.work is not None and self._pool is not None
         if adapted != self.adapted:
             self.work.update(self.num_rows, work_of(adapted, self._pool))
             self.adapted = adapted
+        if rescaled is not None:
+            self.magnitudes.fill_(-1)
+            self.magnitudes[: len(rescaled.table)].copy_(rescaled.table)
 
 
 class DecodeGraphs:
@@ -91,25 +102,30 @@ class DecodeGraphs:
         max_rows: int,
         max_chunks: int,
         max_model_len: int,
+        with_magnitudes: bool = False,
     ) -> None:
-        """Captures them, which takes seconds. max_chunks: of one adapter; max_model_len: the longest context."""
+        """Captures them, which takes seconds. max_chunks: of one adapter; max_model_len: the longest context.
+
+        with_magnitudes: also for steps with adapters that have them (DoRA).
+        """
         self.buckets = (*(bucket for bucket in BUCKETS if bucket < max_rows), max_rows)
         self.last_tokens = last_tokens
         self._model = model
+        self._with_magnitudes = with_magnitudes
         device = kv_cache.data.device
         side = SideStream(device)
         width = -(-max_model_len // (kv_cache.block_size * TABLE_STEP)) * TABLE_STEP
         self._of = {
-            num_rows: Bucket(num_rows, width, kv_cache, config.sliding_window, pool, max_chunks, side)
+            num_rows: Bucket(num_rows, width, kv_cache, config.sliding_window, pool, max_chunks, side, with_magnitudes)
             for num_rows in self.buckets
         }
         self._capture_all()
 
-    def fits(self, rows: StepRows) -> bool:
-        """Whether there is a graph for these rows."""
-        return not rows.prefills and rows.num_padded in self._of
+    def fits(self, rows: StepRows, rescaled: Rescaled | None) -> bool:
+        """Whether there is a graph for these rows, of which some may have magnitudes."""
+        return not rows.prefills and rows.num_padded in self._of and (self._with_magnitudes or rescaled is None)
 
-    def replay(self, rows: StepRows, adapted: list[Adapted]) -> tuple[Tensor, Tensor]:
+    def replay(self, rows: StepRows, adapted: list[Adapted], rescaled: Rescaled | None = None) -> tuple[Tensor, Tensor]:
         """Enqueues a step that fits: each row's best token (-1: no number) and logits, padding included.
 
         They are overwritten by the next replay.
@@ -117,14 +133,14 @@ class DecodeGraphs:
         bucket = self._of[rows.num_padded]
         bucket.buffers.fill(rows.decodes, self.last_tokens)
         if adapted:
-            bucket.set_adapters(adapted)
-        captured = self.captured(rows.num_padded, bool(adapted))
+            bucket.set_adapters(adapted, rescaled)
+        captured = self.captured(rows.num_padded, bool(adapted), rescaled is not None)
         captured.graph.replay()
         return captured.tokens, captured.logits
 
-    def captured(self, num_rows: int, has_adapters: bool) -> Captured:
+    def captured(self, num_rows: int, has_adapters: bool, has_magnitudes: bool = False) -> Captured:
         """The graph of a bucket."""
-        return self._of[num_rows].graphs[1 if has_adapters else 0]
+        return self._of[num_rows].graphs[2 if has_magnitudes else 1 if has_adapters else 0]
 
     @torch.inference_mode()
     def _capture_all(self) -> None:

@@ -24,6 +24,7 @@ from protocol.messages import (
 from worker.adapter_loads import Failure
 from worker.adapter_service import AdapterService
 from worker.block_manager import BlockManager
+from worker.fair_queue import BASE_CLIENT
 from worker.grammar import GrammarError, Matcher
 from worker.grammar_service import GrammarService
 from worker.mailbox import Admin, Cancel, CancelAll, JobDone, Mail, Message, Outbox, Owner, Start, Stop
@@ -178,20 +179,21 @@ class Engine:
 
     def _start_checked(self, owner: Owner, command: Generate, matcher: Matcher | None = None) -> None:
         # The base model's namespace starts with a byte that no digest holds: a salt cannot pass for an adapter.
-        request_id, namespace = command.request_id, b"\0" + command.cache_salt.encode()
+        request_id, namespace, client = command.request_id, b"\0" + command.cache_salt.encode(), BASE_CLIENT
         generation, mixed = command.generation, tuple[int, ...]()
         if command.mix:
             mix = self._adapters.mixes.bind(command.mix)
             if isinstance(mix, Error):
                 self._refuse(owner, request_id, mix)
                 return
-            generation, mixed, namespace = mix.number, mix.generations, mix.namespace + namespace
+            generation, mixed, client = mix.number, mix.generations, mix.client
+            namespace = mix.namespace + namespace
         elif generation != BASE_GENERATION:
             adapter = self._adapters.bind(generation)
             if isinstance(adapter, Error):
                 self._refuse(owner, request_id, adapter)
                 return
-            namespace = adapter.digest.encode() + namespace
+            namespace, client = adapter.digest.encode() + namespace, adapter.name
         self._last_sequence_id += 1
         seed = command.sampling.seed
         sequence = Sequence(
@@ -202,6 +204,7 @@ class Engine:
             seed=secrets.randbits(63) if seed is None else seed,
             generation=generation,
             mixed=mixed,
+            client=client,
             namespace=namespace,
             owner=(owner, request_id),
             arrival_s=self._clock(),
@@ -350,8 +353,8 @@ class Engine:
             prefix_cache_hits_total=scheduler.num_prefix_hits,
             adapter_loads_total=adapters.num_loads,
             adapter_uploads_total=adapters.num_uploads,
-            running_adapters=adapters.names_of({s.generation for s in scheduler.running}),
-            waiting_adapters=adapters.names_of({s.generation for s in scheduler.waiting}),
+            running_adapters=adapters.cache.names_of(scheduler.running_generations()),
+            waiting_adapters=adapters.cache.names_of(scheduler.waiting.generations()),
             max_loras_per_batch=self._max_loras_per_batch,
         )
 

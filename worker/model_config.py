@@ -108,7 +108,15 @@ class ModelConfig:
 
     def chunk_layout(self) -> ChunkLayout:
         """The layout of this model's adapter chunks."""
-        return ChunkLayout.of(self.num_layers, self.hidden_size, self.q_size, self.kv_size, self.intermediate_size)
+        return ChunkLayout.of(
+            self.num_layers,
+            self.hidden_size,
+            self.q_size,
+            self.kv_size,
+            self.intermediate_size,
+            self.vocab_size,
+            self.tie_word_embeddings,
+        )
 
     @classmethod
     def read(cls, model_dir: Path) -> "ModelConfig":

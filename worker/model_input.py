@@ -1,17 +1,19 @@
 """Model input: a scheduled batch of sequences as the flat tensors of one step."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels import AttentionPlan, DecodeGroup, PrefillSpan, Segments, kv_rows
+from kernels import AttentionPlan, DecodeGroup, Edges, PrefillSpan, Segments, kv_rows
 from protocol.messages import BASE_GENERATION
-from worker.adapter_pool import AdapterPool
+from worker.adapter_pool import AdapterPool, ResidentAdapter, ResidentMix
 from worker.kv_cache import KVCache
 from worker.last_tokens import LastTokens
 from worker.layers.step import Lora, Step
 from worker.sequence import ScheduledSequence
+from worker.step_extras import edges_of, rescaled_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ def build_model_input(
     lora: Lora | None,
     window: int | None,
     last_tokens: LastTokens,
+    edges: Edges | None = None,
 ) -> ModelInput:
     """The tensors of a batch (not empty). window: the model's sliding window, tokens."""
     block_size, device = kv_cache.block_size, kv_cache.data.device
@@ -58,6 +61,7 @@ def build_model_input(
         attention=plan_attention(batch, kv_cache, window),
         kv_layers=kv_cache.layers,
         lora=lora,
+        edges=edges,
     )
     rows = None if len(sample_rows) == len(codes) else torch.tensor(sample_rows, dtype=torch.int64, device=device)
     return ModelInput(last_tokens.ids(torch.tensor(codes, device=device)), step, rows, fresh_blocks)
@@ -134,30 +138,40 @@ def _decode_mask(lens: list[int], window: int | None, like: Tensor) -> Tensor | 
 
 
 class LoraPlanner:
-    """Works out a step's segments, and keeps the last step's: a batch that goes on decoding has the same ones."""
+    """Works out a step's adapters, and keeps the last step's: a batch that goes on decoding has the same ones."""
 
     def __init__(self, pool: AdapterPool | None) -> None:
         self._pool = pool
         self._key: object = None
-        self._lora: Lora | None = None
+        self._planned: tuple[Lora | None, Edges | None] = (None, None)
 
-    def plan(self, batch: list[ScheduledSequence]) -> Lora | None:
-        """The step's adapters; None if every row is the base model's."""
+    def plan(self, batch: list[ScheduledSequence]) -> tuple[Lora | None, Edges | None]:
+        """What the step's adapters have in the layers, and at the edges; nothing if every row is the base model's."""
         shape = [(scheduled.sequence.generation, scheduled.num_tokens) for scheduled in batch]
         generations = dict.fromkeys(generation for generation, _ in shape if generation != BASE_GENERATION)
         if not generations:
-            return None
+            return None, None
         assert self._pool is not None, "an adapter's sequence came to a worker without adapters"
-        residents = [self._pool.resident(generation) for generation in generations]
-        chunk_ids = [resident.chunk_ids for resident in residents]
-        if self._key != (shape, chunk_ids):
-            scales = [resident.scales for resident in residents]
+        residents = {generation: self._pool.resident_or_mix(generation) for generation in generations}
+        key = (shape, [resident.all_chunk_ids for resident in residents.values()])
+        if self._key != key:
             rows = _rows_by_generation(shape)
-            segments = Segments.of(
-                [rows[generation] for generation in generations], chunk_ids, scales, self._pool.chunks.device
-            )
-            self._key, self._lora = (shape, chunk_ids), Lora(self._pool.chunks, segments)
-        return self._lora
+            self._planned = self._lora(residents, rows), edges_of(rows, self._pool)
+            self._key = key
+        return self._planned
+
+    def _lora(self, residents: Mapping[int, ResidentAdapter | ResidentMix], rows: dict[int, list[int]]) -> Lora | None:
+        assert self._pool is not None
+        layered = {generation: resident for generation, resident in residents.items() if resident.chunk_ids}
+        if not layered:
+            return None
+        segments = Segments.of(
+            [rows[generation] for generation in layered],
+            [resident.chunk_ids for resident in layered.values()],
+            [resident.scales for resident in layered.values()],
+            self._pool.chunks.device,
+        )
+        return Lora(self._pool.chunks, segments, rescaled=rescaled_of(rows, self._pool))
 
 
 def _rows_by_generation(shape: list[tuple[int, int]]) -> dict[int, list[int]]:

@@ -3,6 +3,7 @@
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from worker.adapter_pool import AdapterPool
 from worker.kv_cache import KVCache
@@ -14,6 +15,7 @@ from worker.models.decoder import Decoder
 from worker.prompt_logprobs import score_prompts
 from worker.sampler import Sampler
 from worker.sequence import ScheduledSequence
+from worker.step_extras import edges_of_each
 
 
 class ModelRunner:
@@ -40,17 +42,19 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, batch: list[ScheduledSequence]) -> LaunchedStep:
         """Computes each entry's next num_tokens tokens, whose blocks its block table holds already."""
-        model_input = build_model_input(
-            batch, self.kv_cache, self._planner.plan(batch), self._window, self._last_tokens
-        )
+        lora, edges = self._planner.plan(batch)
+        model_input = build_model_input(batch, self.kv_cache, lora, self._window, self._last_tokens, edges)
         if model_input.fresh_blocks:
             # Slots behind a context's end are masked by a factor of 0, which a NaN left by an earlier owner survives.
             self.kv_cache.data[model_input.fresh_blocks] = 0
         hidden = self.model.forward(model_input.token_ids, model_input.step)
         first_rows = accumulate((scheduled.num_tokens for scheduled in batch[:-1]), initial=0)
-        scores = score_prompts(batch, list(first_rows), hidden, self.model.logits)
+        scores = score_prompts(batch, list(first_rows), hidden, self._logits)
         sampled = [scheduled for scheduled in batch if scheduled.samples]
         if model_input.sample_rows is not None:
             hidden = hidden[model_input.sample_rows]
-        logits = self.model.logits(hidden) if sampled else hidden
+        logits = self._logits(hidden, [s.sequence.generation for s in sampled]) if sampled else hidden
         return LaunchedStep(self._sampler, self._last_tokens, sampled, list(range(len(sampled))), logits, scores=scores)
+
+    def _logits(self, hidden: Tensor, generations: list[int]) -> Tensor:
+        return self.model.logits(hidden, edges_of_each(generations, self.pool))

@@ -7,7 +7,7 @@ import msgspec
 import torch
 
 from worker.adapter_store import DERIVED, full_disk_is_an_error, write_all
-from worker.adapter_weights import PackedAdapter
+from worker.adapter_weights import PackedAdapter, Parts
 
 HEADER_FILE, CHUNKS_FILE = sorted(DERIVED, reverse=True)
 
@@ -18,14 +18,14 @@ class Header(msgspec.Struct):
     rank: int
     modules: tuple[str, ...]
     scales: list[list[float]]
-    num_chunks: int
+    parts: Parts
     crc32: int = 0  # of the rest of this and of the chunks; nobody else can write here, so it is against damage only
 
 
 def write_packed(directory: Path, packed: PackedAdapter) -> None:
     """Writes a packed adapter's files, the header last. Raises AdapterError if the disk is full."""
     data = _bytes(packed.chunks)
-    header = Header(packed.rank, packed.modules, packed.scales.tolist(), len(packed.chunks))
+    header = Header(packed.rank, packed.modules, packed.scales.tolist(), packed.parts)
     header.crc32 = _crc32(header, data)
     with full_disk_is_an_error():
         with (directory / CHUNKS_FILE).open("wb") as file:
@@ -43,9 +43,10 @@ def read_packed(
     """
     try:
         header = msgspec.json.decode((directory / HEADER_FILE).read_bytes(), type=Header)
-        if (directory / CHUNKS_FILE).stat().st_size != header.num_chunks * chunk_size * dtype.itemsize:
+        num_chunks = header.parts.num_chunks
+        if (directory / CHUNKS_FILE).stat().st_size != num_chunks * chunk_size * dtype.itemsize:
             return None
-        chunks = torch.empty(header.num_chunks, chunk_size, dtype=dtype, pin_memory=pin_memory)
+        chunks = torch.empty(num_chunks, chunk_size, dtype=dtype, pin_memory=pin_memory)
         data = left = _bytes(chunks)
         with (directory / CHUNKS_FILE).open("rb", buffering=0) as file:
             while left and (num_read := file.readinto(left)):
@@ -54,9 +55,10 @@ def read_packed(
         return None
     if left or _crc32(header, data) != header.crc32:
         return None
-    scales = torch.tensor(header.scales, dtype=torch.float32)
+    # Pinned too: a copy from other memory may wait for those before it in its stream, on the engine's thread.
+    scales = torch.tensor(header.scales, dtype=torch.float32, pin_memory=pin_memory)
     stored_bytes = sum(path.stat().st_size for path in directory.iterdir())
-    return PackedAdapter(header.rank, header.modules, chunks, scales, digest, stored_bytes)
+    return PackedAdapter(header.rank, header.modules, chunks, scales, digest, stored_bytes, header.parts)
 
 
 def _crc32(header: Header, data: memoryview) -> int:

@@ -5,27 +5,35 @@
 The first line in is a Setup; then each line in, an Order, is answered by one line out, an Answer. All are JSON.
 """
 
+import logging
 import os
+import select
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 import torch
 
-from protocol.errors import Error
+from protocol.errors import Error, ErrorCode
 from worker.adapter_config import AdapterError
 from worker.adapter_packer import AdapterLimits, AdapterPacker
 from worker.adapter_source import SourceDirectory
-from worker.adapter_store import Incoming
+from worker.adapter_store import TEMP_NAME, TEMP_PREFIX, Incoming
 from worker.chunk_layout import ChunkLayout
 
+log = logging.getLogger(__name__)
+
 NICENESS = 10  # a load may wait for a core; tokens may not
+LIMIT_S = 120.0  # for one adapter; one of a gigabyte takes some seconds
+END_S = 5.0  # for a process that was killed
 
-
-Setup = tuple[ChunkLayout, str, AdapterLimits, str]  # what an AdapterPacker is made of
+Setup = tuple[ChunkLayout, str, AdapterLimits, str, str | None]  # what an AdapterPacker is made of
 Order = tuple[str, str]  # a SourceDirectory
 Answer = tuple[str, str] | Error  # an Incoming, or why there is none
 
@@ -33,22 +41,38 @@ Answer = tuple[str, str] | Error  # an Incoming, or why there is none
 class PackerProcess:
     """Threads may share it; adapters are taken in turn. The process begins with `start` or the first adapter."""
 
-    def __init__(self, layout: ChunkLayout, dtype: torch.dtype, limits: AdapterLimits, store_dir: Path) -> None:
-        self._setup: Setup = (layout, str(dtype).removeprefix("torch."), limits, str(store_dir))
+    def __init__(
+        self,
+        layout: ChunkLayout,
+        dtype: torch.dtype,
+        limits: AdapterLimits,
+        store_dir: Path,
+        model_dir: Path | None = None,
+        limit_s: float = LIMIT_S,
+    ) -> None:
+        """model_dir: of the base weights that DoRA needs. limit_s: for one adapter; a longer process is ended."""
+        of_model = None if model_dir is None else str(model_dir)
+        self._setup: Setup = (layout, str(dtype).removeprefix("torch."), limits, str(store_dir), of_model)
+        self._store_dir = store_dir
+        self.limit_s = limit_s
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
     def take_in(self, source: SourceDirectory) -> Incoming:
-        """See AdapterPacker. Raises RuntimeError if the process ended in the middle of it; the next one starts anew."""
+        """See AdapterPacker. A process that ends or takes too long fails this adapter; the next one starts anew."""
         with self._lock:
             try:
                 answer = self._ask((str(source.path), str(source.root)))
-            except (OSError, msgspec.DecodeError):
-                self._end()
-                raise RuntimeError("the process that packs adapters ended") from None
-        if isinstance(answer, Error):
-            raise AdapterError(answer)
-        return Incoming(Path(answer[0]), answer[1])
+                if not isinstance(answer, Error):
+                    path = Path(answer[0])  # by another name than what the process leaves behind should it die
+                    return Incoming(path.rename(path.with_name(f"{path.name}-packed")), answer[1])
+            except TimeoutError:
+                message = f"the adapter was not read and packed within {self.limit_s:g} s; can its directory be read?"
+                answer = self._failed(Error(ErrorCode.DEADLINE_EXCEEDED, message, "lora_path"))
+            except (OSError, EOFError, msgspec.DecodeError):
+                message = "the process that packs adapters ended in the middle of this one; load it again"
+                answer = self._failed(Error(ErrorCode.INTERNAL, message, "lora_path"))
+        raise AdapterError(answer)
 
     def start(self) -> None:
         """Starts the process without waiting for it: it takes seconds to import torch."""
@@ -68,8 +92,27 @@ class PackerProcess:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(msgspec.json.encode(order) + b"\n")
         process.stdin.flush()
-        answer: Answer = msgspec.json.decode(process.stdout.readline(), type=Answer)
+        answer: Answer = msgspec.json.decode(self._read_line(process.stdout.fileno()), type=Answer)
         return answer
+
+    def _read_line(self, file: int) -> bytes:
+        """Raises EOFError, or TimeoutError when the time for an adapter is over."""
+        poll, end_s, line = select.poll(), time.monotonic() + self.limit_s, b""
+        poll.register(file, select.POLLIN)
+        while not line.endswith(b"\n"):
+            if not poll.poll(max(0.0, 1e3 * (end_s - time.monotonic()))):
+                raise TimeoutError
+            piece = os.read(file, 1 << 16)
+            if not piece:
+                raise EOFError
+            line += piece
+        return line
+
+    def _failed(self, error: Error) -> Error:
+        status = self._process.poll() if self._process else None
+        log.error("%s (status %s)", error.message, status)
+        self._end()
+        return error
 
     def _running(self) -> "subprocess.Popen[bytes]":
         if self._process is None or self._process.poll() is not None:
@@ -84,9 +127,17 @@ class PackerProcess:
 
     def _end(self) -> None:
         process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
+        if process is None:
+            return
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError):  # an order that it does not take any more
+                if pipe is not None:
+                    pipe.close()
+        with suppress(subprocess.TimeoutExpired):  # one that waits for a disk ends when that answers
+            process.wait(END_S)
+        for copy in self._store_dir.glob(f"{TEMP_PREFIX}{process.pid}-{'?' * TEMP_NAME}"):
+            shutil.rmtree(copy, ignore_errors=True)
 
 
 def main() -> None:
@@ -94,8 +145,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the worker, whose end ends the input
     os.nice(NICENESS)
     torch.set_num_threads(1)
-    layout, dtype, limits, store_dir = msgspec.json.decode(sys.stdin.buffer.readline(), type=Setup)
-    packer = AdapterPacker(layout, getattr(torch, dtype), limits, Path(store_dir))
+    layout, dtype, limits, store_dir, of_model = msgspec.json.decode(sys.stdin.buffer.readline(), type=Setup)
+    model_dir = None if of_model is None else Path(of_model)
+    packer = AdapterPacker(layout, getattr(torch, dtype), limits, Path(store_dir), model_dir)
     for line in sys.stdin.buffer:
         path, root = msgspec.json.decode(line, type=Order)
         try:

@@ -72,7 +72,7 @@ def adapted_rows(rows: StepRows, pool: AdapterPool | None) -> list[Adapted]:
         if generation != BASE_GENERATION:
             by_generation.setdefault(generation, []).extend(range(row, row + scheduled.num_tokens))
     assert pool is not None or not by_generation, "an adapter's sequence came to a worker without adapters"
-    return [(g, pool.resident(g).chunk_ids, of_generation) for g, of_generation in by_generation.items() if pool]
+    return [(g, pool.resident_or_mix(g).chunk_ids, of_generation) for g, of_generation in by_generation.items() if pool]
 
 
 def work_of(adapted: list[Adapted], pool: AdapterPool) -> list[AdapterRows]:

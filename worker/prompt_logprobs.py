@@ -12,18 +12,21 @@ from worker.transfer import upload
 
 ROWS_AT_ONCE = 64  # whose logits there is room for beside everything else
 
+# Hidden states [num_rows, hidden_size] and each row's generation -> logits [num_rows, vocab_size].
+LogitsOf = Callable[[Tensor, list[int]], Tensor]
+
 
 class ShareScores:
     """Of the prompt tokens that one share's rows predict: those behind each of its own, up to the prompt's end."""
 
-    def __init__(self, scheduled: ScheduledSequence, hidden: Tensor, logits_of: Callable[[Tensor], Tensor]) -> None:
-        """Enqueues the work. hidden [num_tokens, hidden_size]: the share's rows; logits_of them [.., vocab_size]."""
+    def __init__(self, scheduled: ScheduledSequence, hidden: Tensor, logits_of: LogitsOf) -> None:
+        """Enqueues the work. hidden [num_tokens, hidden_size]: the share's rows."""
         self._scheduled = scheduled
         first, sequence = scheduled.start + 1, scheduled.sequence
         wanted = sequence.token_ids[first : min(scheduled.end + 1, sequence.num_prompt_tokens)]
         targets = upload(torch.tensor(wanted, dtype=torch.int64), hidden.device)[:, None]
         pieces = [
-            self._score(logits_of(rows).float(), targets[at : at + ROWS_AT_ONCE])
+            self._score(logits_of(rows, [sequence.generation] * len(rows)).float(), targets[at : at + ROWS_AT_ONCE])
             for at, rows in zip(
                 range(0, len(wanted), ROWS_AT_ONCE), hidden[: len(wanted)].split(ROWS_AT_ONCE), strict=True
             )
@@ -58,7 +61,7 @@ def is_scored(scheduled: ScheduledSequence) -> bool:
 
 
 def score_prompts(
-    batch: Sequence[ScheduledSequence], first_rows: Sequence[int], hidden: Tensor, logits_of: Callable[[Tensor], Tensor]
+    batch: Sequence[ScheduledSequence], first_rows: Sequence[int], hidden: Tensor, logits_of: LogitsOf
 ) -> list[ShareScores]:
     """Of every share of a step that is scored. first_rows: where each share's rows begin in hidden."""
     return [

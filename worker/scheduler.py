@@ -1,9 +1,10 @@
 """Scheduler: which tokens of which sequences the next step computes.
 
-Order is arrival. Running sequences that only need their next token go first and always; prompts share the step's
-prefill budget, so no answer waits for a prompt. A prompt longer than the budget leaves half of it to shorter ones, so
-that these do not wait for a long one either. When KV runs out, the sequence that arrived last gives its
-blocks back and is computed again later; the oldest never has to, so every sequence comes to its end.
+Who starts next, the queue says (fair_queue). Running sequences that only need their next token go first and always;
+prompts share the step's prefill budget, so no answer waits for a prompt. A prompt longer than the budget leaves half of
+it to shorter ones, so that these do not wait for a long one either. When KV runs out, the newest sequence of the client
+that was served most gives its blocks back and is computed again later; the oldest never has to, so every sequence comes
+to its end.
 
 The plan runs ahead of the tokens: a sequence whose newest token is pending is planned like any other. Blocks change
 hands at once, for what is launched later runs later.
@@ -12,14 +13,19 @@ hands at once, for what is launched later runs later.
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
+from types import MappingProxyType
 from typing import Protocol
 
 from protocol.errors import Error, ErrorCode
 from protocol.messages import BASE_GENERATION
 from worker.block_manager import BlockManager
+from worker.fair_queue import FairQueue, Turns
 from worker.sequence import ScheduledSequence, Sequence, SequenceStatus
+
+_QUANTUM_STEPS = 4  # of prompts; see Turns. Measured: tests/bench/LOG.md
+_NUM_PREFETCHED = 4  # adapters that are brought nearer before it is their turn
 
 
 class Admission(Enum):
@@ -39,6 +45,12 @@ class AdapterResidency(Protocol):
     def release(self, generation: int) -> None:
         """Undoes one granted acquire."""
 
+    def prefetch(self, generation: int) -> bool:
+        """A sequence will ask for the adapter soon: its bytes begin to move, unless in the way of what others want.
+
+        True if there is nothing left to do.
+        """
+
 
 class Scheduler:
     """Waiting and running sequences, and the plan of each step."""
@@ -52,14 +64,16 @@ class Scheduler:
         max_prefill_tokens: int,
         max_adapters: int,
         max_overtake_s: float,
+        is_fair: bool = True,
+        weights: Mapping[str, float] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """max_prefill_tokens: prompt tokens in one step. max_adapters: distinct adapters in one step, base not counted.
 
-        max_overtake_s: how long later sequences may pass one that waits for a place among the adapters; after that
-        nothing new is admitted before it.
+        max_overtake_s: how long, from its arrival, others may freely pass one that waits for a place among the
+        adapters. is_fair, weights: see FairQueue.
         """
-        self.waiting: list[Sequence] = []  # by arrival
+        self.waiting = FairQueue(is_fair=is_fair, weights=weights, long_prompt=max_prefill_tokens // 2)
         self.running: list[Sequence] = []  # by arrival
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens looked up in the prefix cache
@@ -69,11 +83,12 @@ class Scheduler:
         self._max_running = max_running
         self._max_prefill_tokens = max_prefill_tokens
         self._max_adapters = max_adapters
+        self._quantum = _QUANTUM_STEPS * max_prefill_tokens if is_fair else 0.0
         self._max_overtake_s = max_overtake_s
         self._clock = clock
         self._in_step: Counter[int] = Counter()  # running sequences of each adapter generation
-        self._passed_since: dict[int, float] = {}  # sequence_id -> when it was first passed over
         self._has_preempted = False  # in the step that is being planned
+        self._may_prefetch = False  # something has come or gone, or was not ready the last time
 
     def add(self, sequence: Sequence) -> Error | None:
         """Takes a sequence in, or says why it can never run."""
@@ -82,7 +97,10 @@ class Scheduler:
             limit = self._blocks.num_blocks * self._blocks.block_size
             message = f"prompt and max_tokens together need the KV of {num_tokens} tokens; this worker holds {limit}"
             return Error(ErrorCode.INVALID_REQUEST, message, "max_tokens")
-        insort(self.waiting, sequence, key=_arrival)
+        if not self.waiting:  # else it was done when something last started
+            self._charge_outputs(self.running)
+        self.waiting.add(sequence)
+        self._may_prefetch = True
         return None
 
     def schedule(self) -> list[ScheduledSequence]:
@@ -96,6 +114,10 @@ class Scheduler:
         is_running = SequenceStatus.RUNNING  # some may just have been preempted
         prefills = [s for s in unfinished if s.num_uncomputed_tokens > 1 and s.status is is_running]
         self._schedule_prefills(step, prefills)
+        if self._may_prefetch:
+            lines = self.waiting.next_closed(min(_NUM_PREFETCHED, self._max_adapters))
+            generations = [generation for line in lines for generation in line.adapters]
+            self._may_prefetch = not all([self._adapters.prefetch(generation) for generation in generations])
         return list(step.values())
 
     def collect(self, scheduled: ScheduledSequence) -> None:
@@ -105,22 +127,26 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence wherever it is, and frees what it holds at once."""
+        self._charge_outputs([sequence])
         if sequence.status is SequenceStatus.RUNNING:
             self._stop(sequence)
         elif sequence.status is SequenceStatus.WAITING:
             self.waiting.remove(sequence)
-            self._passed_since.pop(sequence.sequence_id, None)
         sequence.status = SequenceStatus.FINISHED
+
+    def running_generations(self) -> set[int]:
+        """The adapters that running sequences use."""
+        return set(self._in_step)
 
     def check_integrity(self) -> None:
         """Asserts that sequences, blocks and adapter counts agree."""
-        for sequences, status in ((self.waiting, SequenceStatus.WAITING), (self.running, SequenceStatus.RUNNING)):
-            assert all(sequence.status is status for sequence in sequences)
-            assert [s.sequence_id for s in sequences] == sorted({s.sequence_id for s in sequences})
+        self.waiting.check_integrity()
+        assert all(sequence.status is SequenceStatus.WAITING for sequence in self.waiting)
+        assert all(sequence.status is SequenceStatus.RUNNING for sequence in self.running)
+        assert [s.sequence_id for s in self.running] == sorted({s.sequence_id for s in self.running})
         assert not any(sequence.block_table for sequence in self.waiting)
         assert self._in_step == Counter(generation for s in self.running for generation in s.adapters)
         assert len(self._in_step) <= self._max_adapters and len(self.running) <= self._max_running
-        assert self._passed_since.keys() <= {sequence.sequence_id for sequence in self.waiting}
         self._blocks.check_integrity(self.running)
 
     # ---------------------------------------------------------------------------------------------- prompts
@@ -136,8 +162,8 @@ class Scheduler:
                 budget -= self._extend(step, sequence, min(budget, sequence.num_uncomputed_tokens))
         # Who gave its blocks back must not come straight in again; and it may be part of the step before, which
         # has come to its end when the next one is planned.
-        if not self._has_preempted:
-            budget = self._admit(step, budget, must_end=long is not None)
+        if not self._has_preempted and self.waiting and len(self.running) < self._max_running:
+            budget = self._admit(step, budget, long)
         if long is not None and long.sequence_id in step and budget:  # what the others have left
             num_tokens = min(step[long.sequence_id].num_tokens + budget, long.num_uncomputed_tokens)
             if self._blocks.allocate(long, num_tokens):
@@ -151,7 +177,7 @@ class Scheduler:
             return 0
         while not self._blocks.allocate(sequence, num_tokens):
             # Who only waits for the last step's token to be known needs no blocks any more.
-            victim = next((other for other in self.running if other.has_last_token), self.running[-1])
+            victim = next((other for other in self.running if other.has_last_token), None) or self._victim()
             step.pop(victim.sequence_id, None)
             self._preempt(victim)
             if victim is sequence:
@@ -159,13 +185,19 @@ class Scheduler:
         step[sequence.sequence_id] = sequence.share(num_tokens)
         return num_tokens
 
+    def _victim(self) -> Sequence:
+        """The newest of the client that was served most; never the oldest, so that one always comes to its end."""
+        self._charge_outputs(self.running)
+        return max(self.running[1:] or self.running, key=lambda s: (self.waiting.counter(s.client), s.sequence_id))
+
     def _preempt(self, sequence: Sequence) -> None:
+        self._charge_outputs([sequence])
         self._stop(sequence)
         self._has_preempted = True
         sequence.status = SequenceStatus.WAITING
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        insort(self.waiting, sequence, key=_arrival)
+        self.waiting.add(sequence)
 
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -174,41 +206,42 @@ class Scheduler:
             self._in_step[generation] -= 1
             if not self._in_step[generation]:
                 del self._in_step[generation]
+                self.waiting.close(generation)
+                self._may_prefetch = True
         if sequence.generation != BASE_GENERATION:
             self._adapters.release(sequence.generation)
 
     # ------------------------------------------------------------------------------------------- admission
 
-    def _admit(self, step: dict[int, ScheduledSequence], budget: int, must_end: bool) -> int:
-        """Starts waiting sequences in order of arrival while budget, blocks and adapters allow.
+    def _admit(self, step: dict[int, ScheduledSequence], budget: int, long: Sequence | None) -> int:
+        """Starts waiting sequences in their turn while budget, blocks and adapters allow.
 
-        must_end: only those that the budget is enough for. Returns what is left of it.
+        long: the long prompt that this step goes on with; then only those start that the budget is enough for. Returns
+        what is left of it.
         """
-        refused: dict[int, Admission] = {}  # by generation: the same for whoever asks next in this step
-        for sequence in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self._max_running:
-                break
-            if must_end and len(sequence.token_ids) > budget:
-                continue
-            admission = refused.get(sequence.generation) or self._ask_adapter_limit(sequence)
-            if admission is Admission.GRANTED:
+        self._charge_outputs(self.running)
+        quantum, max_aside = self._quantum, self._max_adapters
+        turns = Turns(self.waiting, self._is_overdue, quantum=quantum, max_aside=max_aside, long=long)
+        try:
+            while budget > 0 and len(self.running) < self._max_running:
+                line = turns.next(self._max_adapters - len(self._in_step))
+                if line is None:
+                    break
+                sequence = line.sequences[0]
+                if long is not None and len(sequence.token_ids) > budget:
+                    turns.pass_over(line)
+                    continue
                 if not self._attach_blocks(sequence, budget):
                     break  # without overtaking here, a long prompt gets its blocks in the end
                 admission = self._acquire(sequence)
-            if admission is Admission.GRANTED:
-                scheduled = self._start(sequence, budget)
-                step[sequence.sequence_id] = scheduled
-                budget -= scheduled.num_tokens
-                continue
-            refused[sequence.generation] = admission
-            if admission is Admission.FULL and self._waited_too_long(sequence):
-                break
+                if admission is Admission.GRANTED:
+                    step[sequence.sequence_id] = scheduled = self._start(sequence, budget)
+                    budget -= scheduled.num_tokens
+                else:
+                    turns.pass_over(line, waits_for_place=admission is Admission.FULL)
+        finally:
+            turns.end()
         return budget
-
-    def _ask_adapter_limit(self, sequence: Sequence) -> Admission:
-        num_new = sum(generation not in self._in_step for generation in sequence.adapters)
-        has_place = not num_new or len(self._in_step) + num_new <= self._max_adapters
-        return Admission.GRANTED if has_place else Admission.FULL
 
     def _attach_blocks(self, sequence: Sequence, budget: int) -> bool:
         """Gives a waiting sequence its first blocks, if all its tokens fit beside what running ones need next."""
@@ -233,24 +266,36 @@ class Scheduler:
             return Admission.GRANTED
         admission = self._adapters.acquire(sequence.generation)
         if admission is Admission.GRANTED:
-            self._in_step.update(sequence.adapters)
+            for generation in sequence.adapters:
+                if generation not in self._in_step:
+                    self.waiting.open(generation)
+                    self._may_prefetch = True
+                self._in_step[generation] += 1
         else:
             self._blocks.free(sequence)
         return admission
 
     def _start(self, sequence: Sequence, budget: int) -> ScheduledSequence:
+        is_new = not sequence.num_preemptions
         self.waiting.remove(sequence)
+        self.waiting.charge_prompt(sequence, sequence.num_prompt_tokens - sequence.num_cached_tokens if is_new else 0)
         insort(self.running, sequence, key=_arrival)
         sequence.status = SequenceStatus.RUNNING
-        self._passed_since.pop(sequence.sequence_id, None)
-        if not sequence.num_preemptions:
+        if is_new:
             self.num_prefix_queries += sequence.num_prompt_tokens
             self.num_prefix_hits += sequence.num_cached_tokens
         return sequence.share(min(budget, sequence.num_uncomputed_tokens))
 
-    def _waited_too_long(self, sequence: Sequence) -> bool:
-        now = self._clock()
-        return now - self._passed_since.setdefault(sequence.sequence_id, now) >= self._max_overtake_s
+    def _charge_outputs(self, sequences: list[Sequence]) -> None:
+        """Counts what has come since; only when the counters are about to be read, not for each token."""
+        for sequence in sequences:
+            num_new = len(sequence.token_ids) - sequence.num_prompt_tokens - sequence.num_charged
+            if num_new:
+                sequence.num_charged += num_new
+                self.waiting.charge_outputs(sequence.client, num_new)
+
+    def _is_overdue(self, sequence: Sequence) -> bool:
+        return self._clock() - sequence.arrival_s >= self._max_overtake_s
 
 
 def _arrival(sequence: Sequence) -> int:

@@ -36,6 +36,7 @@ class Sequence:
     sampling: SamplingParams
     seed: int  # sampling.seed, or one that the worker drew
     generation: int = BASE_GENERATION  # the adapter's, or a mix's number: see AdapterMixes; bound for its whole life
+    client: str = ""  # whose share its tokens are counted in: see worker.fair_queue
     namespace: bytes = b""  # of its prefix-cache entries: adapter content digest and cache salt
     owner: object = None  # whom the outputs go to; the scheduler and the runner never look inside
     status: SequenceStatus = SequenceStatus.WAITING
@@ -44,6 +45,7 @@ class Sequence:
     num_pending: int = 0  # tokens behind token_ids that launched steps choose and that the host does not know yet
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
     num_preemptions: int = 0
+    num_charged: int = 0  # of its answer's tokens, to its client
     arrival_s: float = 0.0  # monotonic
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the second token on, as far as known
     matcher: "Matcher | None" = None  # what the answer is held to; it has taken the answer's known tokens

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from kernels import Edges, Rescaled
 from kernels.gpu import argmax, launch, sample
 from protocol.sampling import SamplingParams
 from worker.adapter_pool import AdapterPool
@@ -20,6 +21,7 @@ from worker.paged_input import BUCKETS, Adapted, EagerStep, StepRows, adapted_ro
 from worker.prompt_logprobs import is_scored, score_prompts
 from worker.sampler import Draws, Sampler
 from worker.sequence import ScheduledSequence, Sequence
+from worker.step_extras import edges_of, edges_of_each, rescaled_of
 
 WARM_UP_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -63,13 +65,16 @@ class TritonRunner:
         rows = lay_out(batch, self._buckets)
         adapted = adapted_rows(rows, self.pool)
         sampled = [scheduled for scheduled in batch if scheduled.samples]
-        if self._graphs is not None and self._graphs.fits(rows) and not any(map(is_scored, batch)):
-            tokens, logits = self._graphs.replay(rows, adapted)
+        of_adapters = {generation: of_adapter for generation, _, of_adapter in adapted}
+        rescaled, edges = rescaled_of(of_adapters, self.pool), edges_of(of_adapters, self.pool)
+        is_plain = edges is None and not any(map(is_scored, batch))
+        if self._graphs is not None and is_plain and self._graphs.fits(rows, rescaled):
+            tokens, logits = self._graphs.replay(rows, adapted, rescaled)
             of_sampled = [row for row, scheduled in enumerate(batch) if scheduled.samples]
             return LaunchedStep(self._sampler, self._last_tokens, sampled, of_sampled, logits, tokens)
         eager = eager_step(rows, self.kv_cache, self._config, self._last_tokens)
-        hidden = self._forward(rows, eager, adapted)
-        scores = score_prompts((*rows.decodes, *rows.prefills), rows.first_rows, hidden, self.model.logits)
+        hidden = self._forward(rows, eager, [entry for entry in adapted if entry[1]], rescaled, edges)
+        scores = score_prompts((*rows.decodes, *rows.prefills), rows.first_rows, hidden, self._logits)
         logits, tokens = self._best(hidden, eager)
         place = {scheduled.sequence.sequence_id: row for row, scheduled in enumerate(eager.sampled)}
         of_sampled = [place[scheduled.sequence.sequence_id] for scheduled in sampled]
@@ -88,7 +93,9 @@ class TritonRunner:
             eager = eager_step(rows, self.kv_cache, self._config, self._last_tokens)
             self._best(self._forward(rows, eager, []), eager)
             if self.pool is not None:
-                self._forward(rows, eager, [(0, (0,), list(range(num_tokens)))])
+                all_rows = list(range(num_tokens))
+                rescaled = Rescaled.of([all_rows], [0], self.pool.chunks.device)
+                self._forward(rows, eager, [(0, (0,), all_rows)], rescaled)
         self._warm_up_draws()
 
     def _warm_up_draws(self) -> None:
@@ -101,21 +108,32 @@ class TritonRunner:
             _draw(torch.zeros(num_rows, vocab_size, device=device), draws)
             num_rows *= 2
 
-    def _forward(self, rows: StepRows, eager: EagerStep, adapted: list[Adapted]) -> Tensor:
-        """Hidden states [num_rows, hidden_size]."""
-        step = eager.step
+    def _forward(
+        self,
+        rows: StepRows,
+        eager: EagerStep,
+        adapted: list[Adapted],
+        rescaled: Rescaled | None = None,
+        edges: Edges | None = None,
+    ) -> Tensor:
+        """Hidden states [num_rows, hidden_size]. adapted: whose adapters have chunks in the layers."""
+        step = dataclasses.replace(eager.step, edges=edges)
         if adapted:
             assert self.pool is not None
             work = work_list(adapted, rows.num_rows, self.pool, self._max_chunks)
             side = self._side if rows.num_rows <= MAX_ROWS else None
-            step = dataclasses.replace(step, lora=Lora(self.pool.chunks, work, side))
+            step = dataclasses.replace(step, lora=Lora(self.pool.chunks, work, side, rescaled))
         return self.model.forward(self._last_tokens.ids(eager.codes), step)
+
+    def _logits(self, hidden: Tensor, generations: list[int]) -> Tensor:
+        return self.model.logits(hidden, edges_of_each(generations, self.pool))
 
     def _best(self, hidden: Tensor, eager: EagerStep) -> tuple[Tensor, Tensor]:
         """Logits and best tokens of the rows that sample; the next step finds them."""
         if not eager.sampled:
             return hidden[:0], torch.empty(0, dtype=torch.int64, device=hidden.device)
-        logits = self.model.logits(hidden.index_select(0, eager.sample_rows))
+        generations = [scheduled.sequence.generation for scheduled in eager.sampled]
+        logits = self._logits(hidden.index_select(0, eager.sample_rows), generations)
         tokens = argmax(logits, launch.semaphores(logits.device))
         self._last_tokens.keep(tokens)
         return logits, tokens

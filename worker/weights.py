@@ -1,32 +1,18 @@
 """Weights: reads a model directory's safetensors; every tensor in them is used or the load fails."""
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from worker.checkpoint import DTYPES, StoredTensor, find_tensors
 from worker.layers.ops import TORCH, Ops
 from worker.model_config import ModelConfig, ModelError
 from worker.models.decoder import Decoder
 from worker.weight_copier import WeightCopier
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
-INDEX = "model.safetensors.index.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor stands."""
-
-    path: Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors calls it
 
 
 class WeightReader:
@@ -38,7 +24,7 @@ class WeightReader:
     def __init__(self, model_dir: Path, dtype: torch.dtype, device: torch.device, progress: Progress) -> None:
         self.dtype = dtype
         self.device = device
-        self._stored, self._num_total = _find_tensors(model_dir)
+        self._stored, self._num_total = find_tensors(model_dir)
         self._taken: set[str] = set()
         self._progress = progress
         self._num_read = 0
@@ -93,44 +79,6 @@ class WeightReader:
             raise ModelError(f"{name} is of type {stored.dtype}, which is not supported")
         self._taken.add(name)
         return stored
-
-
-def _find_tensors(model_dir: Path) -> tuple[dict[str, StoredTensor], int]:
-    """The tensors by name, and the bytes of their files: those of the index, or else model.safetensors."""
-    names = ["model.safetensors"]
-    index = model_dir / INDEX
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ModelError(f"{INDEX} is not a weight index") from None
-    stored: dict[str, StoredTensor] = {}
-    for file_name in names:
-        path = model_dir / file_name
-        if Path(file_name).name != file_name or not path.is_file():
-            raise ModelError(f"the model directory has no file {file_name}")
-        for name, tensor in _tensors_of(path).items():
-            if name in stored:
-                raise ModelError(f"{name} stands in two files, {file_name} is one")
-            stored[name] = tensor
-    return stored, sum((model_dir / name).stat().st_size for name in names)
-
-
-def _tensors_of(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file, whose header safetensors has found sound: its offsets lie in the file and fit."""
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ModelError(f"{path.name} is not a valid safetensors file: {error}") from None
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(path, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
-        for name, entry in header.items()
-    }
 
 
 class LoadingModel:

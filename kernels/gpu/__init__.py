@@ -11,6 +11,7 @@ from kernels.gpu.attention_decode import attention_decode
 from kernels.gpu.attention_prefill import attention_prefill
 from kernels.gpu.few_rows_linear import gated_linear, linear
 from kernels.gpu.lora_expand import lora_expand
+from kernels.gpu.lora_rescale import lora_rescale
 from kernels.gpu.lora_shrink import lora_shrink
 from kernels.gpu.rms_norm import add_rms_norm, rms_norm
 from kernels.gpu.rotary_store_kv import rotary_store_kv
@@ -24,6 +25,7 @@ __all__ = [
     "gated_linear",
     "linear",
     "lora_expand",
+    "lora_rescale",
     "lora_shrink",
     "paged_attention",
     "rms_norm",

@@ -54,8 +54,7 @@ def _attention_decode(
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     let_next_start(IS_EARLY)
-    wait_for_kernel_before(IS_EARLY)
-    context_len = tl.load(context_lens + row)
+    context_len = tl.load(context_lens + row)  # of the step, not of the kernel before: as are the block tables
     oldest = tl.maximum(context_len - window, 0) if HAS_WINDOW else 0
     first_tile = oldest // BLOCK_N
     num_tiles = tl.cdiv(context_len, BLOCK_N) - first_tile
@@ -66,6 +65,7 @@ def _attention_decode(
         heads = kv_head * GROUP + members
         is_head, is_dim = members < GROUP, dims < HEAD_DIM
         mask = is_head[:, None] & is_dim[None, :]
+        wait_for_kernel_before(IS_EARLY)
         query = tl.load(q + row * q_stride + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
         best = tl.full((BLOCK_M,), LOWEST, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)

@@ -192,7 +192,7 @@ def _plan(
     device = short.records.device
     s_shape = (num_rows, work.max_chunks, num_modules * chunk_rank)
     s_size = math.prod(s_shape)
-    shape = launch.shrink_shape(in_features, s_size)
+    shape = launch.shrink_shape(in_features, s_size, element_size)
     long_shape = shape
     if work.long:
         long_shape = launch.long_shrink_shape(in_features, num_rows, long.block_rows, element_size, device)

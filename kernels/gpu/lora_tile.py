@@ -46,13 +46,30 @@ def s_tile(s, rows, i, module, is_row, live, WIDTH: tl.constexpr, RANK: tl.const
 
 
 @triton.jit
+def scaled_s(s, rows, i, module, is_row, live, scale, dtype, WIDTH: tl.constexpr, RANK: tl.constexpr):
+    """scale · s of a long segment's chunk i, in the type of B: [BLOCK_ROWS, RANK]."""
+    return tl.trans((s_tile(s, rows, i, module, is_row, live, WIDTH, RANK) * scale).to(dtype))
+
+
+@triton.jit
 def b_tile(
     record, i, chunks, chunk_stride, b_offset, columns, is_column, live, BLOCK_ROWS: tl.constexpr, RANK: tl.constexpr
 ):
     """Rows of B, given by columns of the output, of a segment's chunk i: [number of columns, RANK]."""
+    return b_at(b_start(record, i, chunks, chunk_stride, b_offset, BLOCK_ROWS), columns, is_column, live, RANK)
+
+
+@triton.jit
+def b_start(record, i, chunks, chunk_stride, b_offset, BLOCK_ROWS: tl.constexpr):
+    """Where B of a segment's chunk i begins."""
+    return chunks + tl.load(record + BLOCK_ROWS + _CHUNK_IDS + i).to(tl.int64) * chunk_stride + b_offset
+
+
+@triton.jit
+def b_at(start, columns, is_column, live, RANK: tl.constexpr):
+    """b_tile of B that begins at start."""
     ranks = tl.arange(0, RANK)
-    chunk = tl.load(record + BLOCK_ROWS + _CHUNK_IDS + i).to(tl.int64)
-    place = chunks + chunk * chunk_stride + b_offset + columns[:, None] * RANK + ranks[None, :]
+    place = start + columns[:, None] * RANK + ranks[None, :]
     return tl.load(place, mask=is_column[:, None] & (ranks[None, :] < live), other=0.0)
 
 
@@ -60,12 +77,6 @@ def b_tile(
 def mask_of(is_column, is_row, AXIS: tl.constexpr):
     """A tile's mask."""
     return tl.expand_dims(is_row, AXIS) & tl.expand_dims(is_column, 1 - AXIS)
-
-
-@triton.jit
-def zeros(NUM_COLUMNS: tl.constexpr, NUM_ROWS: tl.constexpr, AXIS: tl.constexpr):
-    """An empty tile of float32."""
-    return tl.zeros((NUM_COLUMNS, NUM_ROWS) if AXIS == 0 else (NUM_ROWS, NUM_COLUMNS), tl.float32)
 
 
 @triton.jit

@@ -15,11 +15,11 @@ from kernels.gpu.lora_tile import (
     b_tile,
     first_behind,
     live_ranks,
-    long_delta,
     mask_of,
     num_chunks,
     s_rows,
     s_tile,
+    scaled_s,
 )
 from kernels.gpu.variant import Variant
 from kernels.work_list import LoraDelta, WorkList
@@ -125,31 +125,14 @@ def _short_deltas(
 
 
 @triton.jit
-def _long_deltas(
-    s, rows_of_s, module, record, n, chunks, chunk_stride, b_offset, of_low, of_high, is_column, is_row, live,
-    RANK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HALF: tl.constexpr,
-):  # fmt: skip
-    """The same of a long segment."""
-    delta_low = long_delta(
-        s, rows_of_s, module, record, n, chunks, chunk_stride, b_offset, of_low, is_column, is_row, live, 3 * RANK,
-        RANK, BLOCK_ROWS, BLOCK_HALF,
-    )  # fmt: skip
-    delta_high = long_delta(
-        s, rows_of_s, module, record, n, chunks, chunk_stride, b_offset, of_high, is_column, is_row, live, 3 * RANK,
-        RANK, BLOCK_ROWS, BLOCK_HALF,
-    )  # fmt: skip
-    return delta_low, delta_high
-
-
-@triton.jit
-def _lora_head(
+def _short_head(
     head, segment, qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, s, chunks, records, scales, qkv_stride,
     cos_stride, block_stride, chunk_stride, b_offset, scales_stride, scale_index, eps, NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, AXIS: tl.constexpr, IS_EARLY: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One head of a segment."""
+    """One head of a short segment: all loads at once, for latency."""
     HALF: tl.constexpr = HEAD_DIM // 2
     WIDTH: tl.constexpr = 3 * RANK
     columns, record = tl.arange(0, BLOCK_HALF), records + segment * RECORD
@@ -162,45 +145,91 @@ def _lora_head(
     is_row = rows >= 0
     live = live_ranks(scale, n, RANK)
     of_low, of_high = head * HEAD_DIM + columns, head * HEAD_DIM + HALF + columns
-    if AXIS == 0:  # loaded at once, for latency; long segments have other programs beside them
-        b_low = b_tile(record, 0, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
-        b_high = b_tile(record, 0, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
+    b_low = b_tile(record, 0, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
+    b_high = b_tile(record, 0, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
     c, sin, slots = _load_places(
-        head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_HEADS + NUM_KV_HEADS, HALF, BLOCK_HALF, AXIS
+        head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_HEADS + NUM_KV_HEADS, HALF, BLOCK_HALF, 0
     )
     wait_for_kernel_before(IS_EARLY)
-    if AXIS == 0:
-        a = s_tile(s, rows_of_s, 0, module, is_row, live, WIDTH, RANK)
-    place = qkv + tl.expand_dims(rows.to(tl.int64), AXIS) * qkv_stride + tl.expand_dims(of_low, 1 - AXIS)
-    is_wanted = mask_of(columns < tl.where(live > 0, HALF, 0), is_row, AXIS)
+    a = s_tile(s, rows_of_s, 0, module, is_row, live, WIDTH, RANK)
+    place = qkv + rows.to(tl.int64)[None, :] * qkv_stride + of_low[:, None]
+    is_wanted = is_row[None, :] & (columns < tl.where(live > 0, HALF, 0))[:, None]
     low = tl.load(place, mask=is_wanted, other=0.0).to(tl.float32)
     high = tl.load(place + HALF, mask=is_wanted, other=0.0).to(tl.float32)
     if live > 0:
-        if AXIS == 0:
-            delta_low, delta_high = _short_deltas(
-                b_low, b_high, a, s, rows_of_s, module, record, n, chunks, chunk_stride, b_offset, of_low, of_high,
-                is_column, is_row, live, RANK, BLOCK_ROWS, BLOCK_HALF,
-            )  # fmt: skip
-        else:
-            delta_low, delta_high = _long_deltas(
-                s, rows_of_s, module, record, n, chunks, chunk_stride, b_offset, of_low, of_high, is_column, is_row,
-                live, RANK, BLOCK_ROWS, BLOCK_HALF,
-            )  # fmt: skip
+        delta_low, delta_high = _short_deltas(
+            b_low, b_high, a, s, rows_of_s, module, record, n, chunks, chunk_stride, b_offset, of_low, of_high,
+            is_column, is_row, live, RANK, BLOCK_ROWS, BLOCK_HALF,
+        )  # fmt: skip
         low += delta_low * scale
         high += delta_high * scale
         _finish_head(
             low, high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
-            NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM, AXIS,
+            NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM, 0,
         )  # fmt: skip
     else:
         # Loaded and finished on their own, so that rows without a delta see the very operations, in the very
         # layout of registers, of _rotary_store_kv: the order in which a head's squares are added counts.
-        mask = mask_of(is_column, is_row, AXIS)
+        mask = is_row[None, :] & is_column[:, None]
         low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
         high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
         _finish_head(
             low, high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride, block_stride, eps,
-            NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM, AXIS,
+            NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM, 0,
+        )  # fmt: skip
+
+
+@triton.jit
+def _long_head(
+    head, segment, qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, s, chunks, records, scales, qkv_stride,
+    cos_stride, block_stride, chunk_stride, b_offset, scales_stride, scale_index, eps, NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HAS_NORM: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, IS_EARLY: tl.constexpr,
+):  # fmt: skip
+    """One head of a long segment. Its first chunk's product is added to the GEMM's output itself: few registers."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    WIDTH: tl.constexpr = 3 * RANK
+    columns, record = tl.arange(0, BLOCK_HALF), records + segment * RECORD
+    is_column = columns < HALF
+    module = tl.where(head >= NUM_HEADS, 1, 0) + tl.where(head >= NUM_HEADS + NUM_KV_HEADS, 1, 0)
+    scale = tl.load(scales + segment * scales_stride + scale_index + module)
+    n = num_chunks(record, BLOCK_ROWS)
+    rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
+    rows_of_s = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)
+    is_row = rows >= 0
+    live = live_ranks(scale, n, RANK)
+    of_low, of_high = head * HEAD_DIM + columns, head * HEAD_DIM + HALF + columns
+    c, sin, slots = _load_places(
+        head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_HEADS + NUM_KV_HEADS, HALF, BLOCK_HALF, 1
+    )
+    wait_for_kernel_before(IS_EARLY)
+    place = qkv + rows.to(tl.int64)[:, None] * qkv_stride + of_low[None, :]
+    mask = is_row[:, None] & is_column[None, :]
+    low = tl.load(place, mask=mask, other=0.0)
+    high = tl.load(place + HALF, mask=mask, other=0.0)
+    if live > 0:
+        a = scaled_s(s, rows_of_s, 0, module, is_row, live, scale, chunks.dtype.element_ty, WIDTH, RANK)
+        b_low = b_tile(record, 0, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
+        b_high = b_tile(record, 0, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
+        wide_low = tl.dot(a, tl.trans(b_low), low.to(tl.float32), input_precision="tf32x3")
+        wide_high = tl.dot(a, tl.trans(b_high), high.to(tl.float32), input_precision="tf32x3")
+        for i in tl.range(1, n):
+            a = scaled_s(s, rows_of_s, i, module, is_row, live, scale, chunks.dtype.element_ty, WIDTH, RANK)
+            b_low = b_tile(record, i, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
+            b_high = b_tile(record, i, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
+            wide_low = tl.dot(a, tl.trans(b_low), wide_low, input_precision="tf32x3")
+            wide_high = tl.dot(a, tl.trans(b_high), wide_high, input_precision="tf32x3")
+        _finish_head(
+            wide_low, wide_high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride,
+            block_stride, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM, 1,
+        )  # fmt: skip
+    else:  # loaded again: see _short_head
+        wide_low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        wide_high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
+        _finish_head(
+            wide_low, wide_high, head, rows, is_row, c, sin, slots, qkv, cache, q_norm, k_norm, qkv_stride,
+            block_stride, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM, 1,
         )  # fmt: skip
 
 
@@ -219,19 +248,19 @@ def _rotary_store_kv_lora(
     if LONG_ROWS > 0:
         num_long = tl.load(long_counts + _NUM_SEGMENTS) * ALL_HEADS
         for item in tl.range(tl.program_id(0), num_long, tl.num_programs(0)):
-            _lora_head(
+            _long_head(
                 item % ALL_HEADS, item // ALL_HEADS, qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, s,
                 chunks, long_records, long_scales, qkv_stride, cos_stride, block_stride, chunk_stride, b_offset,
                 scales_stride, scale_index, eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM,
-                MAX_CHUNKS, RANK, LONG_RECORD, LONG_ROWS, 1, IS_EARLY,
+                MAX_CHUNKS, RANK, LONG_RECORD, LONG_ROWS, IS_EARLY,
             )  # fmt: skip
     num_short = tl.load(counts + _NUM_SEGMENTS) * ALL_HEADS
     for item in tl.range(first_behind(num_long), num_short, tl.num_programs(0)):
-        _lora_head(
+        _short_head(
             item % ALL_HEADS, item // ALL_HEADS, qkv, cos, signed_sin, slot_mapping, cache, q_norm, k_norm, s, chunks,
             records, scales, qkv_stride, cos_stride, block_stride, chunk_stride, b_offset, scales_stride, scale_index,
             eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_HALF, BLOCK_SIZE, HAS_NORM, MAX_CHUNKS, RANK, RECORD,
-            BLOCK_ROWS, 0, IS_EARLY,
+            BLOCK_ROWS, IS_EARLY,
         )  # fmt: skip
     wait_for_kernel_before(IS_EARLY)
 
@@ -307,10 +336,11 @@ def _without_adapters(heads: _Heads, block_rows: int, long_rows: int) -> tuple[V
 
 def _plan(work: WorkList, heads: _Heads, chunk_rank: int, element_size: int) -> launch.OverSegments:
     short, long = work.tables
+    registers = launch.long_rotary_registers(element_size, heads.has_norms) if work.long else None
     variant = launch.variant(
         _rotary_store_kv_lora, num_warps=launch.rotary_warps(work.long_rows or short.block_rows), num_stages=1,
-        early=True, fuse=False, max_registers=launch.long_rotary_registers(element_size) if work.long else None,
-        MAX_CHUNKS=work.max_chunks, RANK=chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
-        LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, **heads.constants(),
+        early=True, fuse=False, max_registers=registers, MAX_CHUNKS=work.max_chunks, RANK=chunk_rank,
+        RECORD=short.record_size, BLOCK_ROWS=short.block_rows, LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows,
+        **heads.constants(),
     )  # fmt: skip
     return launch.over_segments(work, variant, launch.num_items(work, heads.all, 1, 1), 12)

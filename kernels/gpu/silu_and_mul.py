@@ -10,7 +10,19 @@ from torch import Tensor
 from kernels import work_list
 from kernels.gpu import launch
 from kernels.gpu.early import let_next_start, wait_for_kernel_before
-from kernels.gpu.lora_tile import add_product, b_tile, first_behind, live_ranks, long_delta, num_chunks, s_rows, s_tile
+from kernels.gpu.lora_tile import (
+    add_product,
+    b_at,
+    b_start,
+    b_tile,
+    first_behind,
+    live_ranks,
+    long_delta,
+    num_chunks,
+    s_rows,
+    s_tile,
+    scaled_s,
+)
 from kernels.gpu.variant import Variant
 from kernels.work_list import LoraDelta, WorkList
 
@@ -76,9 +88,13 @@ def _short_tile(
 def _long_tiles(
     gate_up, y, s, chunks, records, scales, segment, first_tile, gate_up_stride, chunk_stride, b_offset, scales_stride,
     scale_index, N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, IS_EARLY: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Some tiles of columns, one behind the other, of a long segment: few registers, so that several programs fit."""
+    """Some tiles of columns, one behind the other, of a long segment: few registers, so that several programs fit.
+
+    With one chunk, as most adapters have, the tiles to come are loaded beside the work on this one: the GEMM's output
+    is what the product with B is added to, so that Triton's pipeline of a matrix product takes its loads too.
+    """
     WIDTH: tl.constexpr = 2 * RANK
     record = records + segment * RECORD
     scale_of_gate = tl.load(scales + segment * scales_stride + scale_index)
@@ -87,31 +103,44 @@ def _long_tiles(
     rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
     rows_of_s = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)
     is_row = rows >= 0
-    wide_rows = rows.to(tl.int64)[:, None]
+    gate_rows = gate_up + rows.to(tl.int64)[:, None] * gate_up_stride
+    y_rows = y + rows.to(tl.int64)[:, None] * N
     wait_for_kernel_before(IS_EARLY)
     live0, live1 = live_ranks(scale_of_gate, n, RANK), live_ranks(scale_of_up, n, RANK)
-    for tile in tl.range(first_tile, first_tile + TILES):
-        columns = tile * BLOCK + tl.arange(0, BLOCK)
-        is_column = columns < N
-        mask = is_row[:, None] & is_column[None, :]
-        gate_tile = gate_up + wide_rows * gate_up_stride + columns[None, :]
-        gate = tl.load(gate_tile, mask=mask, other=0.0)
-        up = tl.load(gate_tile + N, mask=mask, other=0.0)
-        y_tile = y + wide_rows * N + columns[None, :]
-        if n > 0:
-            wide = gate.to(tl.float32) + scale_of_gate * long_delta(
-                s, rows_of_s, 0, record, n, chunks, chunk_stride, b_offset, columns, is_column, is_row, live0, WIDTH,
-                RANK, BLOCK_ROWS, BLOCK,
-            )  # fmt: skip
+    if n == 1:
+        a0 = scaled_s(s, rows_of_s, 0, 0, is_row, live0, scale_of_gate, chunks.dtype.element_ty, WIDTH, RANK)
+        a1 = scaled_s(s, rows_of_s, 0, 1, is_row, live1, scale_of_up, chunks.dtype.element_ty, WIDTH, RANK)
+        start0 = b_start(record, 0, chunks, chunk_stride, b_offset, BLOCK_ROWS)
+        start1 = start0 + N * RANK
+        for tile in tl.range(first_tile, first_tile + TILES, num_stages=STAGES):
+            columns = tile * BLOCK + tl.arange(0, BLOCK)
+            is_column = columns < N
+            mask = is_row[:, None] & is_column[None, :]
+            gate = tl.load(gate_rows + columns[None, :], mask=mask, other=0.0)
+            up = tl.load(gate_rows + N + columns[None, :], mask=mask, other=0.0)
+            b0 = b_at(start0, columns, is_column, live0, RANK)
+            b1 = b_at(start1, columns, is_column, live1, RANK)
+            wide = tl.dot(a0, tl.trans(b0), gate.to(tl.float32), input_precision="tf32x3")
             silu = wide * tl.sigmoid(wide)
-            wide = up.to(tl.float32) + scale_of_up * long_delta(
-                s, rows_of_s, 1, record, n, chunks, chunk_stride, b_offset + N * RANK, columns, is_column, is_row,
-                live1, WIDTH, RANK, BLOCK_ROWS, BLOCK,
-            )  # fmt: skip
-            tl.store(y_tile, (silu * wide).to(y.dtype.element_ty), mask=mask)
-        else:
-            wide = gate.to(tl.float32)
-            tl.store(y_tile, (wide * tl.sigmoid(wide) * up.to(tl.float32)).to(y.dtype.element_ty), mask=mask)
+            wide = tl.dot(a1, tl.trans(b1), up.to(tl.float32), input_precision="tf32x3")
+            tl.store(y_rows + columns[None, :], (silu * wide).to(y.dtype.element_ty), mask=mask)
+    else:
+        for tile in tl.range(first_tile, first_tile + TILES):
+            columns = tile * BLOCK + tl.arange(0, BLOCK)
+            is_column = columns < N
+            mask = is_row[:, None] & is_column[None, :]
+            wide = tl.load(gate_rows + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            up = tl.load(gate_rows + N + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            if n > 0:
+                wide += scale_of_gate * long_delta(
+                    s, rows_of_s, 0, record, n, chunks, chunk_stride, b_offset, columns, is_column, is_row, live0,
+                    WIDTH, RANK, BLOCK_ROWS, BLOCK,
+                )  # fmt: skip
+                up += scale_of_up * long_delta(
+                    s, rows_of_s, 1, record, n, chunks, chunk_stride, b_offset + N * RANK, columns, is_column, is_row,
+                    live1, WIDTH, RANK, BLOCK_ROWS, BLOCK,
+                )  # fmt: skip
+            tl.store(y_rows + columns[None, :], (wide * tl.sigmoid(wide) * up).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["scale_index"])
@@ -119,7 +148,8 @@ def _silu_and_mul_lora(
     gate_up, y, s, chunks, records, counts, scales, long_records, long_counts, long_scales, gate_up_stride,
     chunk_stride, b_offset, scales_stride, scale_index, N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr,
     RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, LONG_RECORD: tl.constexpr,
-    LONG_ROWS: tl.constexpr, LONG_BLOCK: tl.constexpr, LONG_TILES: tl.constexpr, IS_EARLY: tl.constexpr,
+    LONG_ROWS: tl.constexpr, LONG_BLOCK: tl.constexpr, LONG_TILES: tl.constexpr, LONG_STAGES: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_start(IS_EARLY)
     num_long = 0
@@ -130,7 +160,7 @@ def _silu_and_mul_lora(
             _long_tiles(
                 gate_up, y, s, chunks, long_records, long_scales, item // PIECES, item % PIECES * LONG_TILES,
                 gate_up_stride, chunk_stride, b_offset, scales_stride, scale_index, N, MAX_CHUNKS, RANK, LONG_RECORD,
-                LONG_ROWS, LONG_BLOCK, LONG_TILES, IS_EARLY,
+                LONG_ROWS, LONG_BLOCK, LONG_TILES, LONG_STAGES, IS_EARLY,
             )  # fmt: skip
     NUM_TILES: tl.constexpr = (N + BLOCK - 1) // BLOCK
     num_short = tl.load(counts + _NUM_SEGMENTS) * NUM_TILES
@@ -181,7 +211,7 @@ def _plan(work: WorkList, size: int, chunk_rank: int, element_size: int) -> laun
         max_registers=long_shape.max_registers if work.long else None, early=True, N=size,
         MAX_CHUNKS=work.max_chunks, RANK=chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
         BLOCK=shape.block, LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, LONG_BLOCK=long_shape.block,
-        LONG_TILES=long_shape.tiles,
+        LONG_TILES=long_shape.tiles, LONG_STAGES=long_shape.num_stages,
     )  # fmt: skip
     num_items = launch.num_items(work, size, shape.block, long_shape.block * long_shape.tiles)
     return launch.over_segments(work, variant, num_items, 8)

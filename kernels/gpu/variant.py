@@ -14,6 +14,7 @@ from itertools import repeat
 from typing import Any, NamedTuple
 
 import triton
+from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 log = logging.getLogger(__name__)
@@ -71,11 +72,11 @@ class Variant:
             self._device, self._backends = device, repeat(self.kernel.device_caches[device][3])
         # All that Triton compiles for, beside the constants. Of a tensor its dtype and whether its address is a
         # multiple of 16; of an integer its width, whether it is 1, whether it is a multiple of 16; None, float, bool.
-        inputs = map(
+        properties = map(
             native_specialize_impl, self._backends, args, _POINTS_TO_CONSTANTS, self._by_value, self._by_alignment
         )
         try:
-            key = tuple(inputs)
+            key = tuple(properties)
             compiled = self._compiled.get(key)
         except (TypeError, OverflowError):  # a type or a number that it does not know: Triton says it better
             self._start_by_triton(grid, args)
@@ -88,8 +89,10 @@ class Variant:
         _, run, function, metadata = compiled
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         stream = active.get_current_stream(device)
+        # Addresses: the launcher would ask the driver of each tensor whether its memory is the device's.
+        inputs = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
         # Neither metadata for hooks nor hooks. The launcher takes the constants, and passes them over.
-        run(x, y, z, stream, function, metadata, None, None, None, *args, *self._in_order)
+        run(x, y, z, stream, function, metadata, None, None, None, *inputs, *self._in_order)
 
     def _start_by_triton(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> Any:
         return self.kernel[grid](*args, **self.options, **self.constants)

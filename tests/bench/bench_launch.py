@@ -129,9 +129,11 @@ def launches_of(step: Callable[[], None]) -> list[tuple[Any, ...]]:
     return launches
 
 
-def launcher_alone(variant: Variant, grid: tuple[int, ...], *args: Any) -> Callable[[], object]:
-    """Triton's launcher of the compiled kernel, given all that it needs."""
+def launcher_alone(variant: Variant, grid: tuple[int, ...], *args: Any, addresses: bool) -> Callable[[], object]:
+    """Triton's launcher of the compiled kernel, given all that it needs; addresses: instead of tensors."""
     kernel = by_triton(variant, grid, *args)
+    if addresses:
+        args = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)
     active = triton.runtime.driver.active
     stream = active.get_current_stream(active.get_current_device())
     sizes = (*grid, 1, 1)[:3]
@@ -157,10 +159,8 @@ def measure(bench: Bench, num_tokens: int, has_adapter: bool) -> None:
         ways = (
             functools.partial(by_triton, *launched),
             functools.partial(ours, *launched),
-            launcher_alone(*launched),
-            launcher_alone(
-                *launched[:2], *(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in launched[2:])
-            ),
+            launcher_alone(*launched, addresses=False),
+            launcher_alone(*launched, addresses=True),
         )
         of_ways = [best_us(lambda way=way: [way() for _ in range(MANY)]) / MANY for way in ways]
         print(f"  {name:22} {len(launched) - 2:2} arguments, us: Triton's way {of_ways[0]:5.1f}  ours {of_ways[1]:5.1f}"

@@ -196,19 +196,16 @@ def shapes(op: str, rows: int) -> list[tuple[str, dict[str, object]]]:
             tried.append((label, {"long_shrink_shape": shape, "long_rows": lambda m, r=block_rows: r}))
     elif op in ("silu", "expand"):
         name = f"long_{op}_shape"
-        for block, tiles, warps, registers in itertools.product((32, 64, 128), (1, 2), (4, 8), (None, 128, 168)):
-            if block * 4 > 64 * warps or (op == "expand" and (tiles > 1 or registers)):
+        all_registers = (None, 168) if op == "silu" else (None,)
+        shapes_tried = itertools.product((32, 64, 128), (2, 4, 8, 16), (4, 8), (2, 3), all_registers)
+        for block, tiles, warps, stages, registers in shapes_tried:
+            if block != 16 * warps and (block, warps) != (64, 8):
                 continue
-            chosen = LongShape(block, tiles, warps, registers)
+            chosen = LongShape(block, tiles, warps, stages, registers)
             tried.append((str(chosen), {name: lambda *_, chosen=chosen: chosen}))
     else:
-        for block_rows, warps, registers in itertools.product((32, 64, 128), (4, 8), (None, 128, 168)):
-            change = {
-                "long_rows": lambda m, r=block_rows: r,
-                "rotary_warps": lambda rows, w=warps: w,
-                "long_rotary_registers": lambda size, r=registers: r,
-            }
-            tried.append((f"rows {block_rows} warps {warps} registers {registers}", change))
+        for registers in (None, 128, 168):
+            tried.append((f"registers {registers}", {"long_rotary_registers": lambda *_, r=registers: r}))
     return tried
 
 

@@ -16,10 +16,12 @@ unloads it, again and again, over /v1/load_lora_adapter and /v1/unload_lora_adap
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import random
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,20 +34,19 @@ from tests.bench.serving_client import Answer, Load, Share, ShareProcess, post
 BUSY_CLIENT = 0.8  # of a core
 
 
-def run_shares(load: Load, options: argparse.Namespace, num_clients: int) -> tuple[list[Answer], float, float]:
-    """All answers of one run, its seconds, and the CPU share of the busiest client process."""
-    num_processes = options.processes or max(1, min(num_clients // 64, (os.cpu_count() or 1) // 4))
-    shares = [
-        Share(
-            load,
-            options.popularity,
-            options.models,
-            list(range(i, num_clients, num_processes)),
-            options.requests,
-            options.duration,
-        )
-        for i in range(num_processes)
-    ]
+def run_shares(traffic: Share, num_clients: int, num_processes: int | None) -> tuple[list[Answer], float, float]:
+    """All answers of one run, its seconds, and the CPU share of the busiest client process.
+
+    traffic: the share of each process but for its clients.
+    """
+    num_processes = num_processes or max(1, min(num_clients // 64, (os.cpu_count() or 1) // 4))
+    shares = []
+    for i in range(num_processes):
+        clients = list(range(i, num_clients, num_processes))
+        # Each begins elsewhere among the stand-ins, so that two seldom ask for the same.
+        starts = {name: i * len(found) // num_processes for name, found in traffic.stand_ins.items()}
+        stand_ins = {name: found[starts[name] :] + found[: starts[name]] for name, found in traffic.stand_ins.items()}
+        shares.append(dataclasses.replace(traffic, clients=clients, stand_ins=stand_ins))
     children = [ShareProcess(share) for share in shares]
     try:
         for child in children:
@@ -64,9 +65,13 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[math.ceil(share * (len(ordered) - 1))]
 
 
-def measure(load: Load, options: argparse.Namespace, num_clients: int) -> dict[str, float]:
+def measure(traffic: Share, num_clients: int, num_processes: int | None = None) -> dict[str, float]:
     """The figures of one concurrency."""
-    answers, wall_s, client_cpu = run_shares(load, options, num_clients)
+    return figures(*run_shares(traffic, num_clients, num_processes))
+
+
+def figures(answers: list[Answer], wall_s: float, client_cpu: float) -> dict[str, float]:
+    """What the answers of one run say."""
     num_tokens = sum(answer.num_tokens for answer in answers)
     gaps = [1e3 * gap for answer in answers for gap in answer.gaps_s] or [0.0]  # one event may bring all tokens
     firsts = [1e3 * answer.first_s for answer in answers]
@@ -81,8 +86,26 @@ def measure(load: Load, options: argparse.Namespace, num_clients: int) -> dict[s
         "itl_p99_ms": percentile(gaps, 0.99),
         "tokens_per_event": num_tokens / (len(answers) + sum(len(answer.gaps_s) for answer in answers)),
         "prompt_tokens": statistics.mean(answer.prompt_tokens for answer in answers),
+        "models_at_once": models_at_once(answers),
         "client_cpu": client_cpu,
     }
+
+
+def models_at_once(answers: list[Answer]) -> float:
+    """Distinct models that are answering, from first token to last: the mean over the time in which any is."""
+    changes = []
+    for answer in answers:
+        first_s = answer.start_s + answer.first_s
+        changes += [(first_s, 1, answer.model), (first_s + sum(answer.gaps_s), -1, answer.model)]
+    answering: Counter[str] = Counter()
+    busy_s = weighted_s = last_s = 0.0
+    for now_s, change, model in sorted(changes):
+        num_models = sum(count > 0 for count in answering.values())
+        busy_s += (now_s - last_s) * (num_models > 0)
+        weighted_s += (now_s - last_s) * num_models
+        answering[model] += change
+        last_s = now_s
+    return weighted_s / busy_s if busy_s else 0.0
 
 
 def load_in_a_loop(load: Load, name: str, path: str, stop: Event) -> list[float]:
@@ -96,26 +119,26 @@ def load_in_a_loop(load: Load, name: str, path: str, stop: Event) -> list[float]
     return times
 
 
-def measure_loading(load: Load, options: argparse.Namespace, num_clients: int) -> dict[str, float]:
+def measure_loading(traffic: Share, options: argparse.Namespace, num_clients: int) -> dict[str, float]:
     """The figures while --load-loop's adapter comes and goes."""
     name, _, path = options.load_loop.partition("=")
     stop = Event()
     with ThreadPoolExecutor(1) as executor:
-        loop = executor.submit(load_in_a_loop, load, name, path, stop)
+        loop = executor.submit(load_in_a_loop, traffic.load, name, path, stop)
         try:
-            metrics = measure(load, options, num_clients)
+            metrics = measure(traffic, num_clients, options.processes)
         finally:
             stop.set()
         times = loop.result()
     return metrics | {"loads": len(times), "load_p50_ms": statistics.median(times)}
 
 
-def runs(load: Load, options: argparse.Namespace, num_clients: int) -> Iterator[tuple[str, dict[str, float]]]:
+def runs(traffic: Share, options: argparse.Namespace, num_clients: int) -> Iterator[tuple[str, dict[str, float]]]:
     """The runs of one concurrency, each with what its name ends with."""
-    quiet = measure(load, options, num_clients)
+    quiet = measure(traffic, num_clients, options.processes)
     yield "", quiet
     if options.load_loop:
-        loading = measure_loading(load, options, num_clients)
+        loading = measure_loading(traffic, options, num_clients)
         ratio = loading["itl_p99_ms"] / quiet["itl_p99_ms"] if quiet["itl_p99_ms"] else math.nan
         yield " loading", loading | {"itl_p99_over_quiet": ratio}
 
@@ -164,8 +187,9 @@ def main(arguments: list[str] | None = None) -> None:
         options.text,
         options.api_key,
     )
+    traffic = Share(load, options.popularity, options.models, options.requests, options.duration)
     for num_clients in options.clients:
-        for suffix, metrics in runs(load, options, num_clients):
+        for suffix, metrics in runs(traffic, options, num_clients):
             of = f"models={len(options.models)} {options.popularity} clients={num_clients}{suffix}"
             name = f"serving {options.label} {of}"
             print(name, " ".join(f"{metric}={value:.4g}" for metric, value in metrics.items()), flush=True)

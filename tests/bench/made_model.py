@@ -1,14 +1,15 @@
 """Makes on disk what a serving benchmark needs: a model of random weights, its tokenizer, and PEFT adapters for it.
 
-    python -m tests.bench.made_model DIR --adapters 8 [--tiny]
+    python -m tests.bench.made_model DIR --adapters 8 [--tiny] [--layers N] [--ranks R ...] [--modules M ...]
 
-DIR/model is of Llama-3.1-8B's shape, DIR/adapters/a0 and so on are of rank 16. What is there already stays.
+DIR/model is of Llama-3.1-8B's shape, DIR/adapters/a0 and so on are of rank 16 on all modules unless told otherwise.
+What is there already stays.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,25 +74,37 @@ def make_model(model_dir: Path, config: dict[str, Any]) -> Path:
     return model_dir
 
 
-def make_adapters(directory: Path, config: dict[str, Any], num_adapters: int, rank: int = 16) -> list[Path]:
-    """Writes adapters of all seven modules, those that are not there already."""
+def make_adapters(
+    directory: Path,
+    config: dict[str, Any],
+    num_adapters: int,
+    ranks: Sequence[int] = (16,),
+    modules: Sequence[str] = (),
+) -> list[Path]:
+    """Writes adapters, of these ranks in turn, those that are not there already. modules: () is all seven."""
     paths = [directory / f"a{i}" for i in range(num_adapters)]
+
+    def write(path: Path, rank: int) -> None:
+        if not (path / "adapter_config.json").exists():
+            path.mkdir(parents=True, exist_ok=True)
+            write_tensors(path / "adapter_model.safetensors", _adapter_shapes(config, rank, modules))
+            targets = list(modules) or "all-linear"
+            keys = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
+            (path / "adapter_config.json").write_text(json.dumps(keys))
+
+    _in_threads([lambda path=path, i=i: write(path, ranks[i % len(ranks)]) for i, path in enumerate(paths)])
+    return paths
+
+
+def _adapter_shapes(config: dict[str, Any], rank: int, modules: Sequence[str]) -> Shapes:
     shapes: Shapes = {}
     for layer in range(config["num_hidden_layers"]):
         for name, shape in layer_shapes(config).items():
-            if len(shape) == 2:
-                module = f"base_model.model.model.layers.{layer}.{name.removesuffix('.weight')}"
-                shapes |= {f"{module}.lora_A.weight": (rank, shape[1]), f"{module}.lora_B.weight": (shape[0], rank)}
-    keys = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": "all-linear", "bias": "none"}
-
-    def write(path: Path) -> None:
-        if not (path / "adapter_config.json").exists():
-            path.mkdir(parents=True, exist_ok=True)
-            write_tensors(path / "adapter_model.safetensors", shapes)
-            (path / "adapter_config.json").write_text(json.dumps(keys))
-
-    _in_threads([lambda path=path: write(path) for path in paths])
-    return paths
+            module = name.removesuffix(".weight")
+            if len(shape) == 2 and (not modules or module.rpartition(".")[2] in modules):
+                prefix = f"base_model.model.model.layers.{layer}.{module}"
+                shapes |= {f"{prefix}.lora_A.weight": (rank, shape[1]), f"{prefix}.lora_B.weight": (shape[0], rank)}
+    return shapes
 
 
 def write_tensors(path: Path, shapes: Shapes) -> None:
@@ -156,10 +169,14 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--tiny", action="store_true", help="a tiny model instead")
+    parser.add_argument("--layers", type=int, help="of the model, default: its shape's own")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16], help="of the adapters, in turn")
+    parser.add_argument("--modules", nargs="+", default=[], help="that adapters change, default: all seven")
     options = parser.parse_args()
     config = TINY if options.tiny else LLAMA_8B
+    config |= {"num_hidden_layers": options.layers or config["num_hidden_layers"]}
     make_model(options.directory / "model", config)
-    make_adapters(options.directory / "adapters", config, options.adapters)
+    make_adapters(options.directory / "adapters", config, options.adapters, options.ranks, options.modules)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from tests.bench import bench_serving
 from tests.bench.made_model import LLAMA_8B, TINY
@@ -42,27 +41,11 @@ Adapters = dict[str, Path]  # by name
 
 
 class Server:
-    """A `polylora serve`, started."""
+    """A `polylora serve`, started. It listens on a free port."""
 
-    def __init__(self, log: Path, adapters: Adapters, options: argparse.Namespace) -> None:
+    def __init__(self, log: Path, arguments: list[str]) -> None:
         self.port, self.log = free_port(), log
-        most = len(adapters)
-        chunks = min(most, options.slots) + 8
-        at_start = list(adapters.items())[:AT_START]
-        arguments = {
-            "port": self.port,
-            "model-path": options.dir / "model",
-            "served-model-name": "base",
-            "max-running-requests": max(options.clients),
-            "max-loras-per-batch": options.slots,
-            "max-loaded-loras": options.loaded or max(most, options.slots) + 8,
-            "num-lora-chunks": chunks,
-            "context-length": 1024 if options.tiny else 8192,
-            "mem-fraction": 0.1 if options.tiny else 0.85,
-            "adapter-root": options.dir,
-        }
-        command = [sys.executable, "-c", PROGRAM, "serve", *(f"--{name}={arguments[name]}" for name in arguments)]
-        command += ["--lora-paths", *(f"{name}={path}" for name, path in at_start), *options.server]
+        command = [sys.executable, "-c", PROGRAM, "serve", f"--port={self.port}", *arguments]
         self.start_s = time.monotonic()
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
@@ -77,10 +60,32 @@ class Server:
         return time.monotonic() - self.start_s
 
 
+def server_arguments(adapters: Adapters, options: argparse.Namespace) -> list[str]:
+    """The server's options."""
+    most = len(adapters)
+    arguments = {
+        "model-path": options.dir / "model",
+        "served-model-name": "base",
+        "max-running-requests": max(options.clients),
+        "max-loras-per-batch": options.slots,
+        "max-loaded-loras": options.loaded or max(most, options.slots) + 8,
+        "num-lora-chunks": min(most, options.slots) + 8,
+        "context-length": 1024 if options.tiny else 8192,
+        "mem-fraction": 0.1 if options.tiny else 0.85,
+        "adapter-root": options.dir,
+    }
+    at_start = list(adapters.items())[:AT_START]
+    return [
+        *(f"--{name}={value}" for name, value in arguments.items()),
+        *("--lora-paths", *(f"{name}={path}" for name, path in at_start)),
+        *options.server,
+    ]
+
+
 @contextlib.contextmanager
-def serving(log: Path, *arguments: Any) -> Iterator[Server]:
+def serving(log: Path, arguments: list[str]) -> Iterator[Server]:
     """A server that ends with the block; its log's tail is printed if the block fails."""
-    server = Server(log, *arguments)
+    server = Server(log, arguments)
     try:
         yield server
         late = re.findall(r"compiled late: (\w+)", log.read_text(errors="replace"))
@@ -159,7 +164,7 @@ def run(options: argparse.Namespace) -> None:
     adapters = {f"a{i}": paths[i % num_paths] for i in range(largest)}
     say(f"the model and {num_paths + 1} adapters in {options.dir} after {time.monotonic() - start_s:.1f} s")
     for i in range(options.starts):
-        with serving(options.dir / "server.log", adapters, options) as server:
+        with serving(options.dir / "server.log", server_arguments(adapters, options)) as server:
             load = load_of(server, options, vocab_size)
             metrics = start_up(server, load, options.limit)
             say("start " + " ".join(f"{name}={value:.4g}" for name, value in metrics.items()))
@@ -196,11 +201,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("server", nargs="*", help="after --: more options of polylora serve")
     options = parser.parse_args(arguments)
     options.dir = options.dir.resolve()
-    options.machine = options.machine or _machine()
+    options.machine = options.machine or machine_name()
     return options
 
 
-def _machine() -> str:
+def machine_name() -> str:
     """The GPU's name, asked for without taking a place on it, or else the processor's."""
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"]
@@ -210,18 +215,25 @@ def _machine() -> str:
     return machine(os.cpu_count() or 1)
 
 
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError in the main thread when the time is over."""
+    signal.signal(signal.SIGALRM, _give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
 def _give_up(number: int, frame: FrameType | None) -> None:
     raise TimeoutError("the time of --limit is over")
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    signal.signal(signal.SIGALRM, _give_up)
-    signal.alarm(options.limit)
-    try:
+    with time_limit(options.limit):
         run(options)
-    finally:
-        signal.alarm(0)
 
 
 if __name__ == "__main__":

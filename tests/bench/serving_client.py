@@ -5,13 +5,16 @@ A process reads its share as a line of JSON, warms up, says so, waits for a word
 
 import asyncio
 import dataclasses
+import hashlib
 import http.client
 import json
+import math
 import random
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +52,14 @@ class Load:
 class Answer:
     """How one request went."""
 
+    key: tuple[int, int]  # the client, and which of its requests
+    model: str
+    start_s: float  # time.perf_counter()
     first_s: float  # to the first event
     gaps_s: list[float]  # between its events
     num_tokens: int  # as the server's usage says
     prompt_tokens: int
+    content: str  # a digest of the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +69,14 @@ class Share:
     load: Load
     popularity: str
     models: list[str]
-    clients: list[int]  # which of all
-    num_requests: int  # of each
-    duration_s: float  # after which no request begins
+    num_requests: int  # of each client
+    duration_s: float = math.inf  # after which no request begins
+    clients: list[int] = field(default_factory=list)  # which of all
+    # With a seed every run draws the same. None: never the same prompts twice, or a server's prefix cache would have
+    # those of the run before.
+    model_seed: int | None = None
+    prompt_seed: int | None = None
+    stand_ins: dict[str, list[str]] = field(default_factory=dict)  # in place of a model drawn: the least asked now
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +108,25 @@ class Stream(asyncio.Protocol):
             self.ended.set_result(None)
 
 
-async def ask(load: Load, model: str, prompt: list[int] | str, output_tokens: int) -> Answer:
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back for one request."""
+
+    model: str
+    start_s: float
+    arrivals_s: list[float]
+    received: bytes
+
+    def answer(self, key: tuple[int, int]) -> Answer:
+        """Read only when all is measured: it takes the client time."""
+        arrivals, received = self.arrivals_s, self.received
+        gaps = [after - before for before, after in zip(arrivals, arrivals[1:], strict=False)]
+        tokens, prompt_tokens = _usage(received, "completion_tokens"), _usage(received, "prompt_tokens")
+        first_s = arrivals[0] - self.start_s
+        return Answer(key, self.model, self.start_s, first_s, gaps, tokens, prompt_tokens, _content(received))
+
+
+async def ask(load: Load, model: str, prompt: list[int] | str, output_tokens: int) -> Reply:
     """One request. Raises RuntimeError if it does not end as asked."""
     body = {
         "model": model,
@@ -120,11 +150,17 @@ async def ask(load: Load, model: str, prompt: list[int] | str, output_tokens: in
     received, arrivals = bytes(stream.received), stream.arrivals_s
     if not received.startswith(b"HTTP/1.1 200") or b"data: [DONE]" not in received or not arrivals:
         raise RuntimeError(f"the request for {model} failed: {received[:500]!r}")
-    num_tokens, prompt_tokens = _usage(received, "completion_tokens"), _usage(received, "prompt_tokens")
+    num_tokens = _usage(received, "completion_tokens")
     if num_tokens != output_tokens:
         raise RuntimeError(f"{num_tokens} tokens came, {output_tokens} were asked for")
-    gaps = [after - before for before, after in zip(arrivals, arrivals[1:], strict=False)]
-    return Answer(arrivals[0] - start, gaps, num_tokens, prompt_tokens)
+    return Reply(model, start, arrivals, received)
+
+
+def _content(received: bytes) -> str:
+    """A digest of the text of a stream."""
+    lines = [line.removeprefix(b"data: ") for line in received.split(b"\n") if line.startswith(b"data: {")]
+    text = "".join(choice["text"] for line in lines for choice in json.loads(line)["choices"])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _usage(received: bytes, key: str) -> int:
@@ -132,34 +168,49 @@ def _usage(received: bytes, key: str) -> int:
     return int(received.rpartition(f'"{key}":'.encode())[2].lstrip().partition(b",")[0].strip(b" }"))
 
 
-def model_of(share: Share, client: int, source: random.Random) -> str:
-    """The model of a client's next request."""
+def model_of(share: Share, client: int, source: random.Random, asked: Counter[str]) -> str:
+    """The model of a client's next request. asked: requests not answered yet, by model."""
     models = share.models
     if share.popularity == "identical":
         return models[0]
     if share.popularity == "distinct":
         return models[client % len(models)]
     weights = [1 / (rank + 1) for rank in range(len(models))] if share.popularity == "zipf" else None
-    return source.choices(models, weights)[0]
+    model = source.choices(models, weights)[0]
+    return min(share.stand_ins.get(model, [model]), key=lambda name: asked[name])
 
 
-async def run_client(share: Share, client: int, end_s: float) -> list[Answer]:
-    """One closed loop. end_s: when the last request may begin."""
-    # Never the same prompts twice: a server's prefix cache would have those of the run before.
-    source, load = random.Random(), share.load
-    answers: list[Answer] = []
-    while len(answers) < share.num_requests and (not answers or time.perf_counter() < end_s):
-        prompt = load.prompt(source, load.input_tokens)
-        answers.append(await ask(load, model_of(share, client, source), prompt, load.output_tokens))
-    return answers
+async def run_client(share: Share, client: int, end_s: float, asked: Counter[str]) -> list[Reply]:
+    """One closed loop. end_s: when the last request may begin. asked: see model_of."""
+    load = share.load
+    models, prompts = _source(share.model_seed, client), _source(share.prompt_seed, client)
+    replies: list[Reply] = []
+    while len(replies) < share.num_requests and (not replies or time.perf_counter() < end_s):
+        prompt = load.prompt(prompts, load.input_tokens)
+        model = model_of(share, client, models, asked)
+        asked[model] += 1
+        replies.append(await ask(load, model, prompt, load.output_tokens))
+        asked[model] -= 1
+    return replies
+
+
+def _source(seed: int | None, client: int) -> random.Random:
+    return random.Random() if seed is None else random.Random(f"{seed} {client}")
 
 
 async def run_share(share: Share) -> Result:
     """All clients of a share at once."""
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
-    loops = (run_client(share, client, start_s + share.duration_s) for client in share.clients)
-    answers = [answer for loop in await asyncio.gather(*loops) for answer in loop]
-    return Result(answers, time.perf_counter(), time.process_time() - start_cpu_s)
+    asked: Counter[str] = Counter()
+    loops = (run_client(share, client, start_s + share.duration_s, asked) for client in share.clients)
+    replies = await asyncio.gather(*loops)
+    end_s, end_cpu_s = time.perf_counter(), time.process_time()
+    answers = [
+        reply.answer((client, i))
+        for client, loop in zip(share.clients, replies, strict=True)
+        for i, reply in enumerate(loop)
+    ]
+    return Result(answers, end_s, end_cpu_s - start_cpu_s)
 
 
 async def warm_up(share: Share) -> None:
@@ -172,11 +223,16 @@ async def warm_up(share: Share) -> None:
 
 
 def post(load: Load, path: str, body: dict[str, Any]) -> tuple[float, bytes]:
+    """See request."""
+    return request(load, "POST", path, body)
+
+
+def request(load: Load, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[float, bytes]:
     """A request that is not streamed: its seconds and the reply. Raises RuntimeError for anything but a 200."""
     connection = http.client.HTTPConnection(load.host, load.port, timeout=TIMEOUT_S)
     try:
         start = time.perf_counter()
-        connection.request("POST", path, json.dumps(body), load.headers)
+        connection.request(method, path, None if body is None else json.dumps(body), load.headers)
         reply = connection.getresponse()
         content = reply.read()
         if reply.status != 200:
@@ -205,7 +261,9 @@ class ShareProcess:
     def result(self) -> Result:
         """Waits for it. Raises RuntimeError with what went wrong there."""
         fields = self._read()
-        return Result([Answer(*answer) for answer in fields["answers"]], fields["end_s"], fields["cpu_s"])
+        return Result(
+            [Answer(tuple(answer[0]), *answer[1:]) for answer in fields["answers"]], fields["end_s"], fields["cpu_s"]
+        )
 
     def stop(self) -> None:
         self._process.kill()

@@ -6,8 +6,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
-from tests.end_to_end.tiny_server import ask, tiny_server, tokens, write_adapter
+from tests.end_to_end.tiny_server import HIDDEN, ask, tensors, tiny_server, tokens, write_adapter
+
+
+def with_magnitudes() -> dict[str, torch.Tensor]:
+    made = tensors(4)
+    queries = [name.removesuffix("lora_A.weight") for name in made if "lora_A" in name]
+    return made | {f"{name}lora_magnitude_vector": torch.rand(HIDDEN) for name in queries}
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +23,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_adapter(directory / "found" / "a", 1)
     write_adapter(directory / "found" / "team" / "b", 2)
     write_adapter(directory / "found" / "bad", 3, use_dora=True)
+    write_adapter(directory / "found" / "lengths", 4, weights=with_magnitudes(), use_dora=True)
     write_adapter(directory / "secret", 4)
     (directory / "adapters").mkdir()
     (directory / "found" / "out").symlink_to(directory / "secret")
@@ -42,6 +50,11 @@ def test_names_are_found_on_first_use_and_revoked_by_an_unload(client: httpx.Cli
     assert ask(client, "a").status_code == 404, "unloading is revoking"
     assert client.put("/v1/adapters/a", json={}).status_code == 200, "an administrator brings it back"
     assert tokens(ask(client, "a")) == answers[0]
+
+
+def test_the_packer_knows_the_base_models_weights(client: httpx.Client) -> None:
+    assert tokens(ask(client, "lengths")) != tokens(ask(client, None))
+    assert client.delete("/v1/adapters/lengths").json()["state"] == "removed"
 
 
 def test_what_is_not_there_or_not_right_is_never_the_base(client: httpx.Client) -> None:

@@ -160,6 +160,17 @@ async def test_a_mix_follows_a_replacement_and_ends_with_a_forced_unload(
     assert (await client.delete("/v1/adapters/m1")).status_code == 200
 
 
+async def test_its_tokens_are_those_of_every_adapter_of_a_mix(echo: EchoProcess) -> None:
+    app = create_app(GatewayConfig(worker_endpoint=(echo.endpoint,), adapter_tpm=20))
+    async with app.router.lifespan_context(app), http_client(app) as client:
+        await until_ready(app)
+        mix = [entry("lora0", 0.5), entry(OTHER, 0.5)]
+        await post(client, COMPLETIONS, prompt="hi", max_tokens=30, model=BASE, lora_path=mix)
+        for model in ("lora0", OTHER):
+            error = (await post(client, COMPLETIONS, 429, prompt="hi", max_tokens=5, model=model))["error"]
+            assert model in error["message"]
+
+
 async def test_quotas_count_every_adapter_of_a_mix_and_metrics_one_label(echo: EchoProcess) -> None:
     app = create_app(GatewayConfig(worker_endpoint=(echo.endpoint,), adapter_rpm=2))
     async with app.router.lifespan_context(app), http_client(app) as client:

@@ -168,6 +168,7 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
         'polylora_worker_up{worker="0"} 1.0',
         'polylora_adapter_sequences_total{adapter="lora0"} 1.0',
         'polylora_adapter_tokens_total{adapter="lora0",kind="generated"} 4.0',
+        'polylora_adapter_wait_seconds_count{adapter="lora0"} 1.0',
         'polylora_http_requests_total{code="200",route="/v1/completions"} 1.0',
     ):
         assert line in text
@@ -179,10 +180,14 @@ def test_adapters_have_series_of_their_own_up_to_a_bound() -> None:
     for number in range(300):
         metrics.on_adapter(f"a{number}", 1, 2)
         metrics.on_adapter("a0", 1, 2)
+        metrics.on_wait(f"a{number}", 0.5)
+    metrics.on_wait(None, 0.5)
     text = metrics.text().decode()
     assert 'polylora_adapter_sequences_total{adapter="a0"} 301.0' in text
     assert 'polylora_adapter_sequences_total{adapter="(other)"} 44.0' in text
     assert text.count("polylora_adapter_sequences_total{") == 257
+    assert 'polylora_adapter_wait_seconds_sum{adapter="(other)"} 22.0' in text
+    assert text.count("polylora_adapter_wait_seconds_count{") == 258
 
 
 async def test_without_a_worker(app: Starlette, client: httpx.AsyncClient, echo: EchoProcess) -> None:

@@ -1,4 +1,4 @@
-"""Requests a minute and at once under one adapter's name: a 429 that says when, and nobody else's business."""
+"""Requests and tokens a minute, and at once, under one adapter's name: a 429 that says when, to nobody else."""
 
 import asyncio
 
@@ -23,7 +23,7 @@ class Clock:
 
 def test_a_minute_refills_evenly_and_the_answer_says_when() -> None:
     clock = Clock()
-    quotas = Quotas(6, 0, clock)
+    quotas = Quotas(6, 0, clock=clock)
     for _ in range(6):
         quotas.enter(["a"])
     quotas.enter(["b"])
@@ -56,9 +56,49 @@ def test_running_requests_are_bounded_and_leave() -> None:
     quotas.enter(["a"])
 
 
+def test_tokens_are_spent_as_they_come_and_what_is_owed_is_waited_for() -> None:
+    clock = Clock()
+    quotas = Quotas(0, 0, 600, clock)
+    quotas.enter(["a"])
+    quotas.spend(["a"], 599)
+    quotas.enter(["a", "b"])  # there is something left
+    quotas.spend(["a"], 101)
+    quotas.spend([], 1000)  # the base model has no limit
+    with pytest.raises(ApiError) as refused:
+        quotas.enter(["b", "a"])
+    assert refused.value.status == 429 and refused.value.headers() == {"retry-after": "11"}
+    assert "600 tokens a minute" in refused.value.message and "'a'" in refused.value.message
+    clock.now = 10.0  # the debt is paid, and nothing is left
+    with pytest.raises(ApiError):
+        quotas.enter(["a"])
+    clock.now = 11.0
+    quotas.enter(["a"])
+    clock.now = 1000.0  # what is not used in a minute is lost
+    quotas.enter(["a"])
+    quotas.spend(["a"], 600)
+    with pytest.raises(ApiError):
+        quotas.enter(["a"])
+
+
+def test_whoever_owes_tokens_is_remembered() -> None:
+    clock = Clock()
+    quotas = Quotas(0, 0, 600, clock)
+    quotas.enter(["owes"])
+    quotas.spend(["owes"], 3000)
+    quotas.leave(["owes"])
+    for number in range(MAX_IDLE + 1):
+        quotas.enter([str(number)])
+        quotas.leave([str(number)])
+    clock.now = 61.0
+    with pytest.raises(ApiError) as refused:
+        quotas.enter(["owes"])
+    assert refused.value.headers() == {"retry-after": "180"}
+    assert set(quotas._counts) == {"owes"}
+
+
 def test_names_do_not_pile_up() -> None:
     clock = Clock()
-    quotas = Quotas(1, 1, clock)
+    quotas = Quotas(1, 1, clock=clock)
     quotas.enter(["runs"])
     for number in range(MAX_IDLE + 1):
         quotas.enter([str(number)])
@@ -91,3 +131,24 @@ async def test_over_http_only_the_adapter_in_question_is_refused(echo: EchoProce
         refused = await ask("lora0")
         assert refused.status_code == 429 and 1 < int(refused.headers["retry-after"]) <= 20
         echo.do("delay", ms=1)
+
+
+async def test_over_http_an_adapter_is_refused_when_its_tokens_are_used_up(echo: EchoProcess) -> None:
+    config = GatewayConfig(worker_endpoint=(echo.endpoint,), adapter_tpm=60)
+    app = create_app(config)
+    async with app.router.lifespan_context(app), http_client(app) as client:
+        await until_ready(app)
+
+        async def ask(model: str, num_tokens: int, stream: bool = False) -> httpx.Response:
+            body = {"model": model, "prompt": "hi", "max_tokens": num_tokens, "ignore_eos": True, "n": 2}
+            return await client.post("/v1/completions", json=body | {"stream": stream})
+
+        first = await ask("lora0", 20)
+        assert first.status_code == 200
+        assert (await ask("lora0", 40, stream=True)).status_code == 200, "the last one may go beyond"
+        refused = await ask("lora0", 1)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert "60 tokens a minute" in refused.json()["error"]["message"]
+        owed = first.json()["usage"]["prompt_tokens"] * 2 + 2 * (20 + 40) - 60  # a prompt counts once
+        assert owed - 5 <= int(refused.headers["retry-after"]) <= owed + 1
+        assert (await ask("echo/base", 2)).status_code == (await ask("team/a:b", 2)).status_code == 200

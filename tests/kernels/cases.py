@@ -1,11 +1,12 @@
 """Random cases for the kernels: adapters of many ranks under a popularity, and a paged cache, both poisoned."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from kernels.reference_lora import lora_shrink as lora_shrink_twin
 from kernels.segments import LoraSite, Segments
 from kernels.work_list import AdapterRows, WorkList
 
@@ -23,6 +24,12 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     """‖got - expected‖ / ‖expected‖ in float64; NaN if a NaN is in it."""
     wide = expected.double().cpu()
     return float((got.double().cpu() - wide).norm() / wide.norm())
+
+
+def worst_row_error(got: Tensor, expected: Tensor) -> float:
+    """The largest relative_error of a row: what a whole tensor's norm would hide."""
+    wide = expected.double().cpu()
+    return float(((got.double().cpu() - wide).norm(dim=-1) / wide.norm(dim=-1)).max())
 
 
 def generator(seed: int) -> torch.Generator:
@@ -70,6 +77,10 @@ class LoraCase:
             torch.device("cpu"),
         )
 
+    def with_rows(self, row_adapters: list[int]) -> "LoraCase":
+        """The same adapters under another mix."""
+        return replace(self, rows=_rows_of(row_adapters, len(self.rows)), num_rows=len(row_adapters))
+
     def adapters(self) -> list[AdapterRows]:
         return [AdapterRows(self.rows[i], i, self.chunk_ids[i]) for i in self.used]
 
@@ -84,9 +95,15 @@ class LoraCase:
 
 
 def lora_case(
-    row_adapters: list[int], ranks: list[int], in_features: int, outs: tuple[int, ...], dtype: torch.dtype, seed: int
+    row_adapters: list[int],
+    ranks: list[int],
+    in_features: int,
+    outs: tuple[int, ...],
+    dtype: torch.dtype,
+    seed: int,
+    first_lacking: int = 2,
 ) -> LoraCase:
-    """Adapter i has ranks[i]; from the third on, each lacks one module. What no adapter owns is NaN."""
+    """Adapter i has ranks[i]; from first_lacking on, each lacks one module. What no adapter owns is NaN."""
     num_layers, layer, before = 2, 1, 48
     size_a, size_b = len(outs) * RANK * in_features, sum(outs) * RANK
     needs = [-(-rank // RANK) for rank in ranks]
@@ -105,7 +122,7 @@ def lora_case(
             live = (torch.arange(RANK) + j * RANK < rank).float()
             a = torch.randn(len(outs), RANK, in_features, generator=draw) * in_features**-0.5 * live[:, None]
             b = torch.randn(sum(outs), RANK, generator=draw) * live
-            if i >= 2:
+            if i >= first_lacking:
                 missing = i % len(outs)
                 scales[i, layer, 2 + missing] = 0
                 a[missing] = float("nan")
@@ -113,11 +130,31 @@ def lora_case(
             chunks[chunk_id, before : before + size_a] = a.flatten()
             chunks[chunk_id, before + size_a : before + size_a + size_b] = b.flatten()
     site = LoraSite(layer, 2, in_features, outs, before, before + size_a, RANK)
-    rows: list[list[int]] = [[] for _ in ranks]
+    rows = _rows_of(row_adapters, len(ranks))
+    return LoraCase(site, chunks.to(dtype).to(DEVICE), chunk_ids, scales.to(DEVICE), rows, len(row_adapters))
+
+
+def _rows_of(row_adapters: list[int], num_adapters: int) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in range(num_adapters)]
     for row, adapter in enumerate(row_adapters):
         if adapter >= 0:
             rows[adapter].append(row)
-    return LoraCase(site, chunks.to(dtype).to(DEVICE), chunk_ids, scales.to(DEVICE), rows, len(row_adapters))
+    return rows
+
+
+def assert_shrunk(case: LoraCase, x: Tensor, s: Tensor) -> None:
+    """Every adapter's and module's part of a shrink buffer is within 1e-5 of float64."""
+    segments = case.segments()
+    assert segments is not None
+    expected = lora_shrink_twin(x.double().cpu(), case.chunks.double().cpu(), case.site, segments)
+    wide = s.double().cpu()
+    for i, adapter in enumerate(case.used):
+        rows = slice(segments.indptr[i], segments.indptr[i + 1])
+        for module in range(len(case.site.out_features)):
+            if case.scales[adapter, case.site.layer, case.site.first_module + module]:
+                part = (rows, slice(len(case.chunk_ids[adapter])), slice(module * RANK, (module + 1) * RANK))
+                error = (wide[part] - expected[part]).norm() / expected[part].norm()
+                assert error <= 1e-5, (adapter, module)
 
 
 @dataclass

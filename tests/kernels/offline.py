@@ -22,6 +22,7 @@ from kernels.gpu.attention_decode import attention_decode
 from kernels.gpu.attention_prefill import attention_prefill
 from kernels.gpu.few_rows_linear import few_rows_linear
 from kernels.gpu.lora_expand import lora_expand
+from kernels.gpu.lora_rescale import lora_rescale
 from kernels.gpu.lora_shrink import lora_shrink
 from kernels.gpu.rms_norm import add_rms_norm, rms_norm
 from kernels.gpu.rotary_store_kv import rotary_store_kv
@@ -29,7 +30,7 @@ from kernels.gpu.sample import sample
 from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.gpu.variant import Variant
 from kernels.paged_plan import PagedPlan
-from kernels.segments import LoraSite
+from kernels.segments import LoraSite, Rescaled
 from kernels.work_list import LoraDelta, WorkList
 
 SM_90 = GPUTarget("cuda", 90, 32)
@@ -97,6 +98,9 @@ def _lora(dtype: torch.dtype, num_rows: int, max_chunks: int) -> None:
         for name, site in sites.items()
     }
     lora_expand(torch.zeros(num_rows, 4096, dtype=dtype), s["o"], chunks, sites["o"], work)
+    rescaled = Rescaled.of([range(num_rows)], [1], torch.device("cpu"))
+    for site in sites.values():
+        lora_rescale(torch.zeros(num_rows, sum(site.out_features), dtype=dtype), chunks, site, rescaled)
     silu_and_mul(torch.zeros(num_rows, 28672, dtype=dtype), LoraDelta(s["gate_up"], chunks, sites["gate_up"], work))
     _rotary(dtype, 32, 8, 128, num_rows, LoraDelta(s["qkv"], chunks, sites["qkv"], work))
 

@@ -21,6 +21,7 @@ KERNELS = [
     "_draw_rows",
     "_few_rows_linear",
     "_lora_expand",
+    "_lora_rescale",
     "_lora_shrink",
     "_rms_norm",
     "_rotary_store_kv",

@@ -4,38 +4,26 @@ import pytest
 import torch
 
 from kernels.gpu.lora_shrink import lora_shrink
-from kernels.reference_lora import lora_shrink as twin
-from tests.kernels.cases import DTYPES, POPULARITIES, RANK, RANKS, LoraCase, lora_case, popularity, randn
+from tests.kernels.cases import DTYPES, POPULARITIES, RANKS, LoraCase, assert_shrunk, lora_case, popularity, randn
 
 
-def check(case: LoraCase, x: torch.Tensor, block_rows: int, tolerance: float, long_rows: int = 0) -> None:
+def check(case: LoraCase, x: torch.Tensor, block_rows: int, long_rows: int = 0) -> None:
     work = case.work_list(block_rows, long_rows)
-    s = lora_shrink(x, case.chunks, case.site, work).double().cpu()
+    assert_shrunk(case, x, lora_shrink(x, case.chunks, case.site, work))
     assert not work.short.semaphores.any() and not (work.long and work.long.semaphores.any())
-    segments = case.segments()
-    assert segments is not None
-    expected = twin(x.double().cpu(), case.chunks.double().cpu(), case.site, segments)
-    num_modules = len(case.site.out_features)
-    for i, adapter in enumerate(case.used):
-        rows = slice(segments.indptr[i], segments.indptr[i + 1])
-        for module in range(num_modules):
-            if case.scales[adapter, case.site.layer, case.site.first_module + module]:
-                part = (rows, slice(len(case.chunk_ids[adapter])), slice(module * RANK, (module + 1) * RANK))
-                error = (s[part] - expected[part]).norm() / expected[part].norm()
-                assert error <= tolerance, (adapter, module)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", POPULARITIES)
 def test_every_rank_under_every_popularity(name: str, dtype: torch.dtype) -> None:
     case = lora_case(popularity(name, 37, len(RANKS), 1), RANKS, 100, (24, 8, 8), dtype, seed=2)
-    check(case, randn(3, 37, 100, dtype=dtype), 16, 1e-5)
+    check(case, randn(3, 37, 100, dtype=dtype), 16)
 
 
 @pytest.mark.parametrize("in_features", [16, 513, 1040])
 def test_columns_that_do_not_fill_their_splits(in_features: int) -> None:
     case = lora_case([0, -1, 1, 1, 0], [16, 33], in_features, (40,), torch.float32, seed=4)
-    check(case, randn(5, 5, in_features, dtype=torch.float32), 16, 1e-5)
+    check(case, randn(5, 5, in_features, dtype=torch.float32), 16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -44,12 +32,12 @@ def test_long_segments(in_features: int, dtype: torch.dtype) -> None:
     """Full ones, one with padding, short rests, the base model's rows between; the third adapter lacks a module."""
     mix = [0] * 70 + [1] * 40 + [2] * 3 + [-1] * 5 + [2] * 40
     case = lora_case(mix, [16, 24, 40], in_features, (40, 40, 24), dtype, seed=6)
-    check(case, randn(7, len(mix), in_features, dtype=dtype), 8, 1e-5, long_rows=64)
+    check(case, randn(7, len(mix), in_features, dtype=dtype), 8, long_rows=64)
 
 
 def test_an_adapter_without_the_modules_of_a_site_costs_a_long_segment_nothing() -> None:
     case = lora_case([0] * 16 + [1] * 16 + [2] * 16, [16, 16, 16], 300, (40,), torch.float32, seed=6)
-    check(case, randn(7, 48, 300, dtype=torch.float32), 8, 1e-5, long_rows=16)
+    check(case, randn(7, 48, 300, dtype=torch.float32), 8, long_rows=16)
 
 
 @pytest.mark.parametrize("long_rows", [0, 64])

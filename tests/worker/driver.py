@@ -33,14 +33,21 @@ class Driver:
 
     @classmethod
     def of(
-        cls, model_dir: Path, block_size: int = 4, num_blocks: int = 256, num_chunks: int = 0, seed: int = 0
+        cls,
+        model_dir: Path,
+        block_size: int = 4,
+        num_blocks: int = 256,
+        num_chunks: int = 0,
+        seed: int = 0,
+        device: torch.device = CPU,
     ) -> "Driver":
-        model, config = load_model(model_dir, torch.float32, CPU)
+        """Made of the torch twins, float32."""
+        model, config = load_model(model_dir, torch.float32, device)
         cache = KVCache(
-            num_blocks, block_size, config.num_layers, config.num_kv_heads, config.head_dim, torch.float32, CPU
+            num_blocks, block_size, config.num_layers, config.num_kv_heads, config.head_dim, torch.float32, device
         )
         cache.data.fill_(torch.nan)  # what an earlier owner may have left
-        pool = AdapterPool(config.chunk_layout(), num_chunks, torch.float32, CPU) if num_chunks else None
+        pool = AdapterPool(config.chunk_layout(), num_chunks, torch.float32, device) if num_chunks else None
         shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
         return cls(ModelRunner(model, config, cache, pool), shuffled)
 
@@ -81,6 +88,8 @@ class Driver:
         for sequence, sample in zip(sampled, step.collect(), strict=True):
             sequence.num_pending -= 1
             sequence.token_ids.append(sample.token_id)
+            if sequence.matcher is not None:
+                sequence.matcher.accept(sample.token_id)
             self.samples[sequence.sequence_id].append(sample)
 
     def finish(self, sequences: list[Sequence], num_outputs: int, chunk: int = 1 << 30) -> None:

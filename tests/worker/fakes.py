@@ -64,6 +64,11 @@ class FakePacked:
     modules: tuple[str, ...] = ("q_proj",)
     num_bytes: int = 64
     stored_bytes: int = 32
+    is_sum: bool = True
+
+    @property
+    def parts(self) -> "FakePacked":
+        return self
 
     @property
     def chunks(self) -> range:
@@ -72,7 +77,8 @@ class FakePacked:
 
 @dataclass
 class FakeLoader:
-    """Sources are `content[:rank]`, or `bad`; a lock in `gates` holds the load of that source back."""
+    """Sources are `content[:rank]`, or `bad`; a lock in `gates` holds the load of that source back. One whose content
+    begins with dora is no sum."""
 
     gates: dict[str, threading.Event] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
@@ -92,7 +98,7 @@ class FakeLoader:
         content, _, rank = source.partition(":")
         self.ranks[content] = int(rank or 16)
         self.held[content] += 1
-        return FakePacked(content, self.ranks[content])
+        return FakePacked(content, self.ranks[content], is_sum=not content.startswith("dora"))
 
     def load_named(self, name: str, cancelled: threading.Event) -> FakePacked:
         if name.startswith("no-"):
@@ -278,6 +284,7 @@ class Harness:
         num_chunks: int = 4,
         policy: str = "lru",
         max_overtake_s: float = 1.0,
+        is_fair: bool = True,
         enabled: bool = True,
         resolves: bool = False,
         hash_block: Callable[[bytes, bytes], bytes] | None = None,
@@ -317,6 +324,7 @@ class Harness:
             max_prefill_tokens=max_prefill_tokens,
             max_adapters=max_loras_per_batch,
             max_overtake_s=max_overtake_s,
+            is_fair=is_fair,
             clock=lambda: self.now,
         )
         self.runner = FakeRunner(block_size, self.pool, lazy=lazy, eos_odds=eos_odds)

@@ -27,7 +27,9 @@ from tests.worker.adapter_files import LAYOUT, TinyModel, config, delta, tensors
 from worker.adapter_config import AdapterError
 from worker.adapter_loader import AdapterLoader
 from worker.adapter_packer import AdapterLimits, AdapterPacker
+from worker.adapter_source import SourceDirectory
 from worker.adapter_weights import PackedAdapter
+from worker.packer_process import PackerProcess
 
 WEIGHTS = "adapter_model.safetensors"
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -376,10 +378,34 @@ def test_a_process_that_dies_fails_one_load(apart: AdapterLoader, tmp_path: Path
             time.sleep(0.01)
         os.kill(first[0], signal.SIGKILL)
         orders.close()
-        with pytest.raises(RuntimeError, match="ended"):
+        with pytest.raises(AdapterError, match="ended in the middle of this one") as failed:
             load.result()
+    assert failed.value.error.code is ErrorCode.INTERNAL
     assert apart.load(source, trusted=True).rank == 4
     assert len(first) == len(packers()) == 1 and first != packers()
+
+
+def test_a_process_that_hangs_fails_one_load(tmp_path: Path) -> None:
+    """And what it had copied by then goes with it."""
+    source, store = SourceDirectory(write_adapter(tmp_path / "a"), tmp_path), tmp_path / "store"
+    store.mkdir()
+    packer = PackerProcess(LAYOUT, torch.float32, AdapterLimits(max_chunks=4), store)
+    try:
+        first = packer.take_in(source)
+        hung = packers()[0]
+        os.kill(hung, signal.SIGSTOP)
+        (store / f".copy-{hung}-12345678").mkdir()
+        packer.limit_s = 0.2
+        with pytest.raises(AdapterError, match=r"not read and packed within 0\.2 s") as failed:
+            packer.take_in(source)
+        assert failed.value.error.code is ErrorCode.DEADLINE_EXCEEDED
+        assert list(store.iterdir()) == [first.path], "what was handed over before is the loader's"
+        packer.limit_s = 120
+        assert packer.take_in(source).digest == first.digest
+        assert packers() != [hung]
+    finally:
+        packer.close()
+    assert not packers()
 
 
 def num_unread(pipe: BinaryIO) -> int:

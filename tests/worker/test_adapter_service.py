@@ -351,6 +351,30 @@ def test_a_copy_that_is_not_done_holds_up_its_own_sequences_alone() -> None:
 # -------------------------------------------------------------------------------- what the listing and the admin see
 
 
+def test_bytes_move_while_a_sequence_waits_and_take_nothing_from_what_others_want() -> None:
+    harness = Harness(max_running=1, max_loaded=2, num_chunks=2, max_loras_per_batch=2)
+    for number, name in enumerate("abcd", start=1):
+        load(harness, number, name, f"content-{name}")
+    settle(harness)  # c and d are in host memory
+    harness.put(Start(OWNER, generate(9, [9], 30)))  # the base model takes the one place to run
+    harness.step()
+    start(harness, 11, 1)
+    harness.step(3)
+    assert harness.loader.num_reloads == 1 and set(harness.pool.contents) == {1}, "from the store to the device"
+    start(harness, 12, 2)
+    start(harness, 13, 3)
+    harness.step(4)
+    assert set(harness.pool.contents) == {1, 2}, "the first two wait for what is there, so the third comes later"
+    uploads = harness.adapters.num_uploads
+    harness.step(10)
+    assert (harness.adapters.num_uploads, harness.loader.num_reloads) == (uploads, 2), "and nothing goes to and fro"
+    harness.drain()
+    for request_id, content in ((11, "content-a"), (12, "content-b"), (13, "content-c")):
+        assert harness.tokens(request_id) == answer([request_id], 6, content)
+    usage = {entry.name: entry.usage for entry in listed(harness)}
+    assert usage["a"] is not None and (usage["a"].num_hits, usage["a"].num_misses) == (0, 1)
+
+
 def test_the_listing_tells_state_tiers_and_use() -> None:
     harness = Harness(max_loaded=2, num_chunks=2)
     for number, name in enumerate("abc"):

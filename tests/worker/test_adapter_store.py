@@ -64,9 +64,20 @@ def test_leftovers_of_a_crash_are_ignored_and_old_ones_removed(store: AdapterSto
     assert sorted(path.name for path in store.directory.iterdir()) == [".copy-young", digest]
 
 
+def flip(path: Path) -> None:
+    """Damage that leaves size and time as they were."""
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 def test_a_damaged_copy_is_noticed_and_replaced(store: AdapterStore, source: SourceDirectory) -> None:
     digest = store.put(source, MAX_BYTES)
     (store.directory / digest / "adapter_model.safetensors").write_bytes(b"cut")
+    assert store.put(source, MAX_BYTES) == digest
+    assert store.get(digest), "the second put has seen it"
+    flip(store.directory / digest / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="damaged"):
         store.get(digest)
     assert store.put(source, MAX_BYTES) == digest

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from worker.adapter_pool import AdapterPool
-from worker.adapter_weights import LoraWeight, PackedAdapter, module_shape, module_views, pack_adapter
+from worker.adapter_targets import EMBEDDINGS, HEAD
+from worker.adapter_weights import LoraWeight, PackedAdapter, Rescale, module_shape, module_views, pack_adapter
 from worker.chunk_layout import MODULES, ChunkLayout
 
 LAYOUT = ChunkLayout.of(num_layers=2, hidden_size=24, q_size=32, kv_size=8, intermediate_size=40)
@@ -67,3 +68,36 @@ def test_pool_keeps_each_adapter_in_its_own_chunks() -> None:
         pool.resident(1)
     pool.upload(3, second, [0])
     assert torch.equal(pool.chunks[[0]], second.chunks)
+
+
+def test_chunks_of_edges_add_up_too_and_lie_behind_the_others() -> None:
+    layout = ChunkLayout.of(2, 24, 32, 8, 40, vocab_size=100)
+    weights = {(1, "k_proj"): random_weight("k_proj", 3)}
+    weights |= {
+        place: LoraWeight(torch.randn(rank, num_in), torch.randn(num_out, rank), 2.0)
+        for place, rank, num_in, num_out in ((EMBEDDINGS, 20, 100, 24), (HEAD, 5, 24, 100))
+    }
+    packed = pack_adapter(layout, weights, torch.float32, "d")
+    assert packed.parts.num_layered == 1 and packed.parts.num_edges == 2 == len(packed.chunks) - 1
+    assert packed.modules == ("k_proj", "embed_tokens", "lm_head") and not packed.parts.is_sum
+    for place in (EMBEDDINGS, HEAD):
+        views = [module_views(layout, chunk, *place) for chunk in packed.chunks[1:]]
+        product = torch.stack([b @ a for a, b in views]).sum(0)
+        torch.testing.assert_close(product, weights[place].b @ weights[place].a, rtol=1e-4, atol=1e-4)
+    used = sum(weight.a.numel() + weight.b.numel() for weight in weights.values())
+    assert int(packed.chunks.count_nonzero()) == used
+
+
+def test_edges_fit_into_a_chunk_unless_there_are_next_to_no_layers() -> None:
+    llama = ChunkLayout.of(32, 4096, 4096, 1024, 14336, vocab_size=128256)
+    assert llama.chunk_size * 2 == 80 << 20, "bytes in bfloat16, with edges or without"
+    assert llama.edges is not None and llama.edges.size <= llama.chunk_size
+    assert ChunkLayout.of(1, 4096, 4096, 1024, 14336, vocab_size=128256).edges is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_magnitudes_lose_next_to_nothing_in_few_bits(dtype: torch.dtype) -> None:
+    rescale = Rescale(torch.randn(500), torch.randn(500))
+    rows = rescale.rows(dtype).float()
+    torch.testing.assert_close(rows[0] + rows[1], rescale.factor, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(rows[2] + rows[3], rescale.shift, rtol=2e-5, atol=1e-6)

@@ -71,7 +71,7 @@ def model_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def worker(tmp_path: Path, model_dir: Path) -> Iterator[Process]:
     first = write_adapter(tmp_path / "first", 1)
-    roots = ("--adapter-root", str(tmp_path))
+    roots = ("--adapter-root", str(tmp_path), "--adapter-weights", "lora0=2", "tiny=0.5")
     worker = Process(tmp_path, "--model-path", str(model_dir), "--lora-paths", f"lora0={first}", *roots)
     yield worker
     worker.process.kill()

@@ -54,6 +54,12 @@ def test_lora_paths_in_their_three_forms_and_vllms() -> None:
     assert config.lora_enabled and not parse().lora_enabled and parse("--enable-lora").lora_enabled
 
 
+def test_weights_are_given_by_name() -> None:
+    config = parse("--adapter-weights", "gold=4", "team/a:b=0.5", "--adapter-weights", "base=2")
+    assert config.adapter_weights == (("gold", 4.0), ("team/a:b", 0.5), ("base", 2.0))
+    assert parse().schedule_policy == "vtc"
+
+
 def test_repeatable_flags() -> None:
     config = parse(
         "--adapter-root", "/a", "--adapter-root", "/b", "--hub-allow", "org/*", "--served-model-name", "x", "y"
@@ -84,6 +90,10 @@ def test_repeatable_flags() -> None:
         (["--max-running-requests", "0"], "--max-running-requests"),
         (["--context-length", "1"], "--context-length"),
         (["--shutdown-grace", "-1"], "--shutdown-grace"),
+        (["--schedule-policy", "lpm"], "--schedule-policy"),
+        (["--adapter-weights", "a=2", "b"], "--adapter-weights: 'b'"),
+        (["--adapter-weights", "a=0"], "0.01 to 100"),
+        (["--adapter-weights", "a=nan"], "0.01 to 100"),
     ],
 )
 def test_values_that_cannot_work_are_named(arguments: list[str], word: str) -> None:

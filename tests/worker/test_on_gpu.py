@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from protocol.sampling import SamplingParams
+from protocol.sampling import Grammar, SamplingParams
+from tests import tiny_model
 from tests.tiny_models import FAMILIES, write_tiny_model
-from tests.worker.driver import Driver, outputs
-from tests.worker.triton_driver import DEVICE, triton_driver
+from tests.worker.driver import CPU, Driver, outputs
+from tests.worker.triton_driver import DEVICE, triton_driver, wait_for_adapters
 from worker.adapter_pool import AdapterPool
 from worker.adapter_weights import LoraWeight, module_shape, pack_adapter
 from worker.chunk_layout import MODULES
+from worker.grammar import load_tokenizer, new_matcher
 from worker.sequence import Sequence
 
 # In the interpreter these take minutes: TRITON_INTERPRET=1 pytest tests/worker/test_on_gpu.py
@@ -56,6 +58,7 @@ def load_adapters(pool: AdapterPool) -> None:
                 weights[layer, module] = LoraWeight(a, torch.randn(num_out, rank, generator=draw) / rank**0.5, 0.5)
         packed = pack_adapter(pool.layout, weights, pool.chunks.dtype, "")
         pool.upload(generation, packed, [free.pop() for _ in range(len(packed.chunks))])
+    wait_for_adapters(pool)
 
 
 def expected(model_dir: Path, sampling: SamplingParams = WITH_LOGPROBS) -> dict[int, Driver]:
@@ -74,11 +77,27 @@ def run_mix(driver: Driver, sampling: SamplingParams, rng: random.Random) -> lis
     assert driver.runner.pool is not None
     load_adapters(driver.runner.pool)
     sequences = [driver.add(PROMPTS[generation], generation, sampling) for generation in [*PROMPTS] * 2]
+    finish_in_any_mix(driver, sequences, rng)
+    return sequences
+
+
+def finish_in_any_mix(
+    driver: Driver, sequences: list[Sequence], rng: random.Random, sync_mode: str = "default"
+) -> None:
+    """One step ahead; sync_mode: what happens where the host waits for the GPU on its way to a launch."""
     while unfinished := [s for s in sequences if s.num_tokens - s.num_prompt_tokens < NUM_OUTPUTS]:
         chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
-        driver.step_ahead([(s, rng.randint(1, s.num_uncomputed_tokens)) for s in chosen])
+        set_sync_mode(sync_mode)
+        try:
+            driver.step_ahead([(s, rng.randint(1, s.num_uncomputed_tokens)) for s in chosen])
+        finally:
+            set_sync_mode("default")
     driver.collect()
-    return sequences
+
+
+def set_sync_mode(mode: str) -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 @pytest.mark.parametrize("graph_rows", GRAPH_ROWS)
@@ -97,38 +116,78 @@ def test_any_mix_gives_what_the_twins_give(tmp_path: Path, family: str, graph_ro
                 assert [s.logprob for s in samples] == pytest.approx(logprobs, abs=2e-3)
 
 
+# Every way to choose a token; a regex answers with letters.
+ASKED: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 1.3, "top_k": 7, "logprobs": 2},
+    {"temperature": 0.7, "top_p": 0.8},
+    {"temperature": 2.0, "top_k": 50, "top_p": 0.9, "min_p": 0.05},
+    {"temperature": 1.0, "min_p": 0.2, "logit_bias": {5: 6.0, 9: -100.0, 399: 5.0}},
+    {"temperature": 0.0, "logit_bias": {17: 2.0}, "logprobs": 0},
+    {"temperature": 0.9, "presence_penalty": 0.7, "frequency_penalty": 0.5, "repetition_penalty": 1.2, "logprobs": 5},
+    {"temperature": 0.0, "presence_penalty": -1.5, "frequency_penalty": -0.5, "repetition_penalty": 0.8},
+    {"temperature": 0.0, "min_tokens": 4, "stop_token_ids": [3, 77, 301]},
+    {"temperature": 0.0, "grammar": Grammar("regex", "[a-z ]{99,}")},
+    {"temperature": 1.0, "grammar": Grammar("regex", "([0-9]{1,3}, ){30,}"), "top_p": 0.9, "logprobs": 3},
+    {"temperature": 0.8, "grammar": Grammar("regex", "[A-Z]{99,}"), "repetition_penalty": 1.5, "min_tokens": 9},
+]
+
+
+def add_asked(driver: Driver, model_dir: Path, **more: Any) -> list[Sequence]:
+    """A sequence for each of ASKED; under every adapter in turn where the driver has any."""
+    tokenizer = load_tokenizer(model_dir / "tokenizer.json", tiny_model.VOCAB_SIZE, (2,))
+    sequences = []
+    for i, keys in enumerate(ASKED):
+        sampling = SamplingParams(max_tokens=64, **keys, **more)
+        sequences.append(driver.add(PROMPTS[i % 6], i % 6 if driver.runner.pool else 0, sampling, seed=i))
+        sequences[-1].matcher = new_matcher(tokenizer, keys["grammar"]) if "grammar" in keys else None
+    return sequences
+
+
+def write_model_with_tokenizer(model_dir: Path) -> Path:
+    write_tiny_model(model_dir, "llama3", vocab_size=tiny_model.VOCAB_SIZE)
+    (model_dir / "tokenizer.json").write_bytes(tiny_model.tokenizer_json())
+    return model_dir
+
+
+@pytest.mark.parametrize("kind", ["torch", "eager", "graphs"] if DEVICE.type == "cuda" else ["eager"])
+def test_every_way_to_choose_a_token_gives_what_the_cpu_gives(tmp_path: Path, kind: str) -> None:
+    model_dir = write_model_with_tokenizer(tmp_path / "model")
+    if kind == "torch":
+        driver = Driver.of(model_dir, device=DEVICE)
+    else:
+        driver = triton_driver(model_dir, graph_rows=16 if kind == "graphs" else 0)
+    finish_in_any_mix(driver, add_asked(driver, model_dir), random.Random(4))
+    twin = Driver.of(model_dir)
+    for sequence in add_asked(twin, model_dir):
+        twin.finish([sequence], NUM_OUTPUTS)
+    for i, keys in enumerate(ASKED):
+        found, expected = driver.samples[i], twin.samples[i]
+        assert [s.token_id for s in found] == [s.token_id for s in expected], keys
+        for sample, other in zip(found, expected, strict=True):
+            assert sample.logprob == pytest.approx(other.logprob, abs=2e-3), keys
+            assert [p for _, p in sample.top] == pytest.approx([p for _, p in other.top], abs=2e-3), keys
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU can be waited for")
-def test_nothing_on_the_way_to_a_launch_waits_for_the_gpu(tmp_path: Path) -> None:
-    """Prompts, mixed steps and graphs, greedy and drawn, edited and filtered, with adapters; the answers as without."""
-    keys: list[dict[str, Any]] = [
-        {"temperature": 0.0},
-        {"temperature": 1.0, "top_k": 7, "top_p": 0.8},
-        {"temperature": 0.7, "top_p": 0.9, "logprobs": 3},
-        {"temperature": 1.3, "min_p": 0.05, "logit_bias": {5: 3.0}},
-        {"temperature": 0.9, "frequency_penalty": 0.7, "repetition_penalty": 1.2},
-        {"temperature": 0.0, "presence_penalty": 0.7, "min_tokens": 4, "stop_token_ids": [3], "logprobs": 0},
-    ]
-    model_dir = write_tiny_model(tmp_path / "model", "llama3")
-    for graph_rows in GRAPH_ROWS:
-        answers = []
-        for mode in ("default", "error"):
-            driver = triton_driver(model_dir, num_chunks=NUM_CHUNKS, graph_rows=graph_rows)
-            assert driver.runner.pool is not None
-            load_adapters(driver.runner.pool)
-            sequences = [
-                driver.add(PROMPTS[i], i, SamplingParams(max_tokens=64, **key), seed=i) for i, key in enumerate(keys)
-            ]
-            rng = random.Random(5)
-            while unfinished := [s for s in sequences if s.num_tokens - s.num_prompt_tokens < NUM_OUTPUTS]:
-                chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
-                torch.cuda.set_sync_debug_mode(mode)
-                try:
-                    driver.step_ahead([(s, rng.randint(1, s.num_uncomputed_tokens)) for s in chosen])
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-            driver.collect()
-            answers.append([outputs(sequence) for sequence in sequences])
-        assert answers[0] == answers[1]
+@pytest.mark.parametrize("graph_rows", GRAPH_ROWS)
+@pytest.mark.parametrize("scored", [None, 2])
+def test_nothing_on_the_way_to_a_launch_waits_for_the_gpu(tmp_path: Path, scored: int | None, graph_rows: int) -> None:
+    """Prompts, mixed steps and graphs, tokens chosen in every way, with adapters; with prompts scored, and without.
+
+    The answers are those of a host that may wait.
+    """
+    model_dir = write_model_with_tokenizer(tmp_path / "model")
+    answers = []
+    for mode in ("default", "error"):
+        driver = triton_driver(model_dir, num_chunks=NUM_CHUNKS, graph_rows=graph_rows)
+        assert driver.runner.pool is not None
+        load_adapters(driver.runner.pool)
+        sequences = add_asked(driver, model_dir, prompt_logprobs=scored)
+        finish_in_any_mix(driver, sequences, random.Random(5), mode)
+        answers.append([(outputs(sequence), sequence.prompt_logprobs) for sequence in sequences])
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="takes minutes in the interpreter")
@@ -213,10 +272,11 @@ def test_prompts_are_scored_as_the_twins_score_them(tmp_path: Path, graph_rows: 
     asked = SamplingParams(max_tokens=2, temperature=0.0, prompt_logprobs=3)
     for chunk in (1 << 30, 1, 3):
         found = []
-        for driver in (triton_driver(model_dir, graph_rows=graph_rows), Driver.of(model_dir)):
+        twins = [Driver.of(model_dir, device=device) for device in (DEVICE, CPU)]
+        for driver in (triton_driver(model_dir, graph_rows=graph_rows), *twins):
             sequences = [driver.add(prompt, sampling=asked) for prompt in PROMPTS.values()]
             driver.finish(sequences, 2, chunk)
             found.append([[score.logprob for score in sequence.prompt_logprobs] for sequence in sequences])
-        for scores, of_twin, prompt in zip(*found, PROMPTS.values(), strict=True):
+        for scores, of_torch, of_twin, prompt in zip(*found, PROMPTS.values(), strict=True):
             assert len(scores) == len(prompt) - 1
-            assert scores == pytest.approx(of_twin, abs=2e-3)
+            assert scores == pytest.approx(of_twin, abs=2e-3) and of_torch == pytest.approx(of_twin, abs=2e-3)

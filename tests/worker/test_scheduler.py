@@ -185,6 +185,26 @@ def test_who_waits_for_a_place_among_the_adapters_is_passed_for_a_bounded_time_o
     harness.drain()
 
 
+def test_a_replaced_adapter_keeps_its_place_in_what_its_name_was_served() -> None:
+    harness = Harness(max_running=1, num_chunks=8)
+    load(harness, "a", "b")
+    for request_id in range(1, 9):
+        start(harness, request_id, [request_id], 4, generation=1)
+    harness.step(30)
+    harness.put(Admin(OWNER, LoadAdapter(request_id=2000, name="a", source="new-a", replace=True)))
+    harness.step(2)
+    order: list[int] = []
+    harness.runner.on_run = lambda batch: order.extend(
+        s.sequence.sequence_id for s in batch if s.sequence.sequence_id not in order
+    )
+    for request_id in range(11, 15):
+        start(harness, request_id, [request_id], 4, generation=3)
+    start(harness, 15, [15], 4, generation=2)
+    harness.drain()
+    assert harness.tokens(11) == answer([11], 4, "new-a") and harness.tokens(15) == answer([15], 4, "content-b")
+    assert order.index(13) <= 2, "the new content has no credit against b"  # b's is the thirteenth sequence
+
+
 def test_abort_frees_at_once_wherever_the_sequence_is() -> None:
     harness = Harness(num_blocks=16, block_size=4, max_running=2, max_prefill_tokens=4)
     start(harness, 1, [1] * 3, 40)
@@ -237,6 +257,7 @@ events = st.lists(st.one_of(requests, st.integers(0, 30), st.none()), max_size=4
     st.sampled_from([(True, True), (True, True), (True, False), (False, False)]),
     st.sampled_from([0, 5]),
     st.dictionaries(st.integers(1, 40), st.sampled_from(["launch", "sample_late", "collect"]), max_size=4),
+    st.booleans(),
 )
 def test_any_history_leaves_every_answer_exact_and_nothing_behind(
     history: list,
@@ -248,6 +269,7 @@ def test_any_history_leaves_every_answer_exact_and_nothing_behind(
     ahead_and_lazy: tuple[bool, bool],
     eos_odds: int,
     failures: dict[int, str],
+    is_fair: bool,
 ) -> None:
     """A tuple arrives, a number aborts that request, None lets a step pass. failures: what fails in which step."""
     harness = Harness(
@@ -260,6 +282,7 @@ def test_any_history_leaves_every_answer_exact_and_nothing_behind(
         num_chunks=3,
         policy=policy,
         max_overtake_s=0.5,
+        is_fair=is_fair,
         runs_ahead=ahead_and_lazy[0],
         lazy=ahead_and_lazy[1],
         eos_odds=eos_odds,

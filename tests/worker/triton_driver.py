@@ -16,6 +16,17 @@ from worker.weights import load_model
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def wait_for_adapters(pool: AdapterPool) -> None:
+    """Until what was uploaded is there: no step may use it before."""
+    if pool.chunks.is_cuda:
+        _synchronize()
+
+
 def triton_driver(
     model_dir: Path,
     dtype: torch.dtype = torch.float32,
@@ -27,6 +38,7 @@ def triton_driver(
     graph_rows: int = 0,
     max_model_len: int = 256,
     seed: int = 0,
+    with_magnitudes: bool = False,
 ) -> Driver:
     """graph_rows: sequences in the largest captured step; 0: no graphs. What no one wrote is NaN."""
     model, config = load_model(model_dir, dtype, DEVICE, ops=triton_ops())
@@ -35,10 +47,11 @@ def triton_driver(
     pool = AdapterPool(config.chunk_layout(), num_chunks, dtype, DEVICE) if num_chunks else None
     if pool is not None:
         pool.chunks.fill_(torch.nan)
+        _synchronize()  # uploads go by a stream of their own
     graphs = None
     if graph_rows:
         last_tokens = LastTokens(config.vocab_size, 64, DEVICE)
         sizes = {"max_rows": graph_rows, "max_chunks": max_chunks, "max_model_len": max_model_len}
-        graphs = DecodeGraphs(model, config, cache, pool, last_tokens, **sizes)
+        graphs = DecodeGraphs(model, config, cache, pool, last_tokens, with_magnitudes=with_magnitudes, **sizes)
     shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
     return Driver(TritonRunner(model, config, cache, pool, max_chunks=max_chunks, graphs=graphs), shuffled)

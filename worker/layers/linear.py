@@ -10,6 +10,7 @@ from worker.layers.step import Lora
 class Linear:
     """y = x · Wᵀ + bias, plus scale · (x · Aᵀ) · Bᵀ for the rows that have an adapter.
 
+    Where the adapter has magnitudes (DoRA), x · Wᵀ is scaled by them; their share of the rest stands in B already.
     Wherever lora is None, no row of the step has an adapter.
     """
 
@@ -28,9 +29,9 @@ class Linear:
         if lora is None:
             return self._base(x), None
         if lora.side is None:
-            y, s = self._base(x), self._shrink(x, lora)
+            y, s = self._base(x, lora), self._shrink(x, lora)
         else:
-            y, s = lora.side.run(lambda: self._base(x), lambda: self._shrink(x, lora))
+            y, s = lora.side.run(lambda: self._base(x, lora), lambda: self._shrink(x, lora))
         return y, LoraDelta(s, lora.chunks, self.site, lora.segments)
 
     def __call__(self, x: Tensor, residual: Tensor, lora: Lora | None) -> Tensor:
@@ -41,13 +42,16 @@ class Linear:
         if lora is None:
             return self._base(x)
         if lora.side is None:
-            y = self._base(x)
+            y = self._base(x, lora)
             self._expand(y, x, lora)
             return y
-        return lora.side.run(lambda: self._base(x), lambda: self._expand(residual, x, lora))[0]
+        return lora.side.run(lambda: self._base(x, lora), lambda: self._expand(residual, x, lora))[0]
 
-    def _base(self, x: Tensor) -> Tensor:
-        return self._ops.linear(x, self.weight, self.bias)
+    def _base(self, x: Tensor, lora: Lora | None = None) -> Tensor:
+        y = self._ops.linear(x, self.weight, self.bias)
+        if lora is not None and lora.rescaled is not None:
+            self._ops.lora_rescale(y, lora.chunks, self.site, lora.rescaled)
+        return y
 
     def _shrink(self, x: Tensor, lora: Lora) -> Tensor:
         return self._ops.lora_shrink(x, lora.chunks, self.site, lora.segments)

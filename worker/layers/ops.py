@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels import LoraDelta, LoraSite, reference, reference_lora
+from kernels import LoraDelta, LoraSite, Rescaled, reference, reference_lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class Ops:
     silu_and_mul: Callable[[Tensor, LoraDelta | None], Tensor]
     lora_shrink: Callable[[Tensor, Tensor, LoraSite, Any], Tensor]
     lora_expand: Callable[[Tensor, Tensor, Tensor, LoraSite, Any], None]
+    lora_rescale: Callable[[Tensor, Tensor, LoraSite, Rescaled], None]
 
 
 TORCH = Ops(
@@ -38,6 +39,7 @@ TORCH = Ops(
     silu_and_mul=reference.silu_and_mul,
     lora_shrink=reference_lora.lora_shrink,
     lora_expand=reference_lora.lora_expand,
+    lora_rescale=reference_lora.lora_rescale,
 )
 
 
@@ -55,4 +57,5 @@ def triton_ops() -> Ops:
         silu_and_mul=gpu.silu_and_mul,
         lora_shrink=gpu.lora_shrink,
         lora_expand=gpu.lora_expand,
+        lora_rescale=gpu.lora_rescale,
     )

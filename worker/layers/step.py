@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kernels import AttentionPlan, PagedPlan, Segments, WorkList
+from kernels import AttentionPlan, Edges, PagedPlan, Rescaled, Segments, WorkList
 from worker.layers.side_stream import SideStream
 
 
@@ -15,6 +15,7 @@ class Lora:
     chunks: Tensor  # the pool, [num_chunks, chunk_size]
     segments: Segments | WorkList  # for the torch twins, for the Triton kernels
     side: SideStream | None = None  # None: the adapters' share is computed behind the base GEMM, not beside it
+    rescaled: Rescaled | None = None  # rows whose adapter has magnitudes (DoRA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,4 +28,5 @@ class Step:
     slot_mapping: Tensor | tuple[Tensor, Tensor]
     attention: AttentionPlan | PagedPlan  # for the torch twins, for the Triton kernels
     kv_layers: tuple[Tensor, ...]  # of the KV cache, each [num_blocks, 2, num_kv_heads, block_size, head_dim]
-    lora: Lora | None  # None: no row has an adapter, and nothing of LoRA runs
+    lora: Lora | None  # None: no row has an adapter in the layers, and nothing of LoRA runs there
+    edges: Edges | None = None  # rows whose adapter changes the embeddings

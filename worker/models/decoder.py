@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import LoraSite
+from kernels import Edges, EdgeSite, LoraSite, add_embeddings, add_logits
 from worker.chunk_layout import CHUNK_RANK, MODULES, ChunkLayout
 from worker.layers.linear import Linear
 from worker.layers.ops import TORCH, Ops
@@ -101,6 +101,7 @@ class Decoder:
         layout = config.chunk_layout()
         self.eps = config.rms_norm_eps
         self._ops = ops
+        self._edge_site = _edge_site(layout)
         self.embed_tokens = weights.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, layer, weights, layout, ops) for layer in range(config.num_layers)]
         self.norm = weights.take("model.norm.weight", config.hidden_size)
@@ -119,14 +120,30 @@ class Decoder:
         """token_ids int64 [num_tokens] -> hidden states [num_tokens, hidden_size], before the last norm."""
         cos, signed_sin = self.rotary_embedding(step.positions)
         x = F.embedding(token_ids, self.embed_tokens)
+        if step.edges is not None:
+            assert self._edge_site is not None
+            add_embeddings(x, token_ids, self._edge_site, step.edges)
         residual = torch.zeros_like(x)
         for layer in self.layers:
             x = layer(x, residual, cos, signed_sin, step)
         return residual.add_(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [num_rows, hidden_size] of the rows that sample -> [num_rows, vocab_size], in the model's dtype."""
-        return self._ops.linear(self._ops.rms_norm(hidden, self.norm, self.eps), self.lm_head, None)
+    def logits(self, hidden: Tensor, edges: Edges | None = None) -> Tensor:
+        """hidden [num_rows, hidden_size] of the rows that sample -> [num_rows, vocab_size], in the model's dtype.
+
+        edges: of those among these rows whose adapter changes the head.
+        """
+        normed = self._ops.rms_norm(hidden, self.norm, self.eps)
+        logits = self._ops.linear(normed, self.lm_head, None)
+        if edges is not None:
+            assert self._edge_site is not None
+            add_logits(logits, normed, self._edge_site, edges)
+        return logits
+
+
+def _edge_site(layout: ChunkLayout) -> EdgeSite | None:
+    edges = layout.edges
+    return None if edges is None else EdgeSite(edges.vocab_size, edges.hidden_size, CHUNK_RANK, *edges.offsets())
 
 
 def _linear(

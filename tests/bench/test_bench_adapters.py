@@ -1,0 +1,43 @@
+"""The benchmarks of many adapters and of loads beside streams, from end to end on a tiny model."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from tests.bench import bench_adapters, bench_beside_loads
+
+SIZES = ["--tiny", "--clients", "6", "--input-tokens", "9", "--output-tokens", "6"]
+
+
+def figures(path: Path) -> dict[tuple[str, str], float]:
+    with path.open() as file:
+        return {(row["benchmark"], row["metric"]): float(row["value"]) for row in csv.DictReader(file)}
+
+
+def test_adapters_that_fit_are_compared_with_those_that_do_not(tmp_path: Path) -> None:
+    results = tmp_path / "results.csv"
+    few = ["--registered", "1", "40", "--resident", "16", "--slots", "8", "--loaded", "20", "--requests", "4"]
+    more = ["--rounds", "1", "--processes", "2", "--dir", str(tmp_path), "--csv", str(results)]
+    bench_adapters.main([*SIZES, *few, *more])
+    found = figures(results)
+    assert found["adapters memory", "chunks_total"] == bench_adapters.num_chunks(16) == 24
+    assert found["adapters memory", "host_adapters"] == 20
+    assert found["adapters registered=1", "models_at_once"] == 1
+    assert found["adapters registered=1", "misses"] == 0, "it was brought to the device before"
+    assert found["adapters registered=40 again", "misses"] > 0
+    assert found["adapters registered=40 resident", "misses"] == 0
+    assert found["adapters registered=40 over resident", "resident_share"] > 0
+    assert found["adapters register 40", "load_s"] > 0
+
+
+def test_streams_beside_loads_are_the_quiet_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "results.csv"
+    bench_beside_loads.main(
+        [*SIZES, "--output-tokens", "40", "--windows", "2", "--dir", str(tmp_path), "--csv", str(results)]
+    )
+    found = {metric: value for (_, metric), value in figures(results).items()}
+    assert found["streams"] == found["exact"] == found["exact_quiet"] == 12
+    assert found["loads"] == found["replaces"] == found["unloads"] >= 2
+    assert found["p99_over_quiet"] > 0 and found["worst_pair"] > 0
+    assert "exact 6 quiet, 6 beside, of 6" in capsys.readouterr().out

@@ -1,0 +1,109 @@
+"""A thousand adapters of mixed ranks on one server whose device holds few: exact, and no cliff in its work."""
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.end_to_end.tiny_server import ask, put, tiny_server, tokens, write_adapter
+
+RANKS = (16, 8, 64, 4, 16, 32, 8, 4)  # in turn: 12 chunks for eight adapters
+NUM_ADAPTERS, NUM_RESIDENT, NUM_CHUNKS = 1000, 32, 48
+NUM_THREADS, NUM_REQUESTS = 8, 320
+LIMITS = ["--max-loras-per-batch", "6", "--num-lora-chunks", str(NUM_CHUNKS), "--max-loaded-loras", "100"]
+LIMITS += ["--max-lora-rank", "64"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("many")
+    for i in range(NUM_ADAPTERS):
+        write_adapter(directory / "adapters" / f"m{i}", i, RANKS[i % len(RANKS)])
+    return directory
+
+
+@pytest.fixture(scope="module")
+def client(root: Path) -> Iterator[httpx.Client]:
+    with tiny_server(root, *LIMITS) as client:
+        yield client
+
+
+def drawn(num_registered: int) -> list[str]:
+    """Whom the requests are for: the i-th with weight 1/i."""
+    names = [f"m{i}" for i in range(num_registered)]
+    weights = [1 / (i + 1) for i in range(num_registered)]
+    return random.Random(num_registered).choices(names, weights, k=NUM_REQUESTS)
+
+
+def alone(client: httpx.Client, names: set[str]) -> dict[str, list[int]]:
+    """The answer of each, asked in quiet while nothing else is loaded."""
+    answers = {}
+    for name in sorted(names):
+        assert put(client, "alone", name, replace=True).status_code == 200
+        answers[name] = tokens(ask(client, "alone"))
+    assert client.delete("/v1/adapters/alone").status_code == 200
+    return answers
+
+
+def register(client: httpx.Client, names: list[str]) -> None:
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for response in pool.map(lambda name: put(client, name, name), names):
+            assert response.status_code == 200, response.text
+
+
+def looked_for(client: httpx.Client) -> tuple[int, int]:
+    """Requests so far that found their adapter on the device, and those that waited for its copy."""
+    listed = client.get("/v1/adapters").json()["data"]
+    return sum(adapter["hits"] for adapter in listed), sum(adapter["misses"] for adapter in listed)
+
+
+def serve_all(client: httpx.Client, names: list[str], expected: dict[str, list[int]]) -> int:
+    """Asks from several threads at once; how many waited for a copy. Every answer must be the adapter's own."""
+    hits, misses = looked_for(client)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        answers = list(pool.map(lambda name: tokens(ask(client, name)), names))
+    wrong = [name for name, answer in zip(names, answers, strict=True) if answer != expected[name]]
+    assert not wrong
+    now_hits, now_misses = looked_for(client)
+    assert now_hits - hits + now_misses - misses == len(names)
+    return now_misses - misses
+
+
+def least_recently_used(warm: list[str], names: list[str]) -> int:
+    """Copies that a list of requests takes, one after the other, when the least recently used adapters leave first."""
+    chunks = {name: -(-RANKS[int(name[1:]) % len(RANKS)] // 16) for name in [*warm, *names]}
+    on_device: dict[str, None] = {}
+    copies = 0
+    for i, name in enumerate([*warm, *names]):
+        if name in on_device:
+            del on_device[name]
+        else:
+            copies += i >= len(warm)
+            while sum(chunks[other] for other in on_device) + chunks[name] > NUM_CHUNKS:
+                del on_device[next(iter(on_device))]
+        on_device[name] = None
+    return copies
+
+
+def test_any_number_is_exact_and_costs_copies_only_for_what_does_not_fit(client: httpx.Client) -> None:
+    steps = (NUM_RESIDENT, NUM_RESIDENT + 1, NUM_ADAPTERS)
+    requests = {num: drawn(num) for num in steps}
+    expected = alone(client, {name for names in requests.values() for name in names})
+    assert len({tuple(answer) for answer in expected.values()}) == len(expected) > 120, "or a mix-up would not show"
+    warm = [f"m{i}" for i in range(NUM_RESIDENT)]
+    num_registered, copies = 0, {}
+    for num in steps:
+        register(client, [f"m{i}" for i in range(num_registered, num)])
+        num_registered = num
+        for name in warm:
+            ask(client, name, 1)
+        copies[num] = serve_all(client, requests[num], expected)
+    memory = client.get("/v1/adapters").json()["memory"]
+    assert memory["host_adapters"] == memory["host_adapters_max"] == 100
+    assert copies[NUM_RESIDENT] == 0, "all are on the device"
+    assert 0 < copies[NUM_RESIDENT + 1] < NUM_REQUESTS / 10, "one too many costs a copy now and then"
+    # Eight at once pass each other, but not by much.
+    assert abs(copies[NUM_ADAPTERS] - least_recently_used(warm, requests[NUM_ADAPTERS])) < NUM_REQUESTS / 20
