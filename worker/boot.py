@@ -5,6 +5,7 @@ import logging
 import os
 import queue
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,6 +227,19 @@ def _make_adapters(
     )
 
 
+def _answer_rows(base: Base) -> Callable[[int], int]:
+    """Prompt tokens that a step's answers take the place of: see Scheduler.
+
+    On a GPU a step's rows fill tiles of its GEMMs: 1024 prompt tokens take 19.5 to 20.2 ms of GEMMs on an H200, with 60
+    answers beside them 22.8 to 23.1.
+    """
+    if base.target.device.type != "cuda":
+        return lambda num_answers: 0
+    from worker.paged_input import BUCKETS, padded
+
+    return lambda num_answers: padded(num_answers, BUCKETS)
+
+
 def _make_engine(
     config: WorkerConfig,
     base: Base,
@@ -246,6 +260,7 @@ def _make_engine(
         max_overtake_s=config.lora_drain_wait_threshold,
         is_fair=config.schedule_policy == "vtc",
         weights={BASE_CLIENT if name in base.card.names else name: w for name, w in config.adapter_weights},
+        answer_rows=_answer_rows(base),
     )
     return Engine(
         base.card,

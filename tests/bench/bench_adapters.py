@@ -7,8 +7,8 @@
 Adapters are registered in steps (--registered). At each, closed-loop clients ask for all of them, the i-th with weight
 1/i, and the output tokens a second are printed: is there a cliff? Then, --rounds times in turn, the last traffic again,
 and the same with the less popular ones replaced by some of the same ranks that are there: equal draws and ranks, about
-equally many distinct adapters a step (models_at_once says how many), but no request waits for a copy to the device
-("misses" counts those that do, of the clients' first short ones too). resident_share is the ratio of the two.
+equally many distinct adapters a step (models_at_once says how many), but no copies to the device ("uploads" counts
+them, those for the clients' first short requests too). resident_share is the ratio of the two.
 
 The model has layers of Llama-3.1-8B's shape, but 8 of them instead of 32, since a thousand different adapters of the
 whole model do not fit a disk of 64 GB: a chunk is 20 MiB and a step takes a quarter, so copies weigh as much against
@@ -22,6 +22,7 @@ torch rounds them up.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,8 +46,11 @@ RANKS = (16, 8, 64, 4, 16, 32, 8, 4)  # in turn, by popularity
 MODULES = ("q_proj", "v_proj")
 DISK_MARGIN = 1.25  # packed chunks, and the copies that they are made from
 NUM_AT_ONCE = 8
+TOLD, GIVEN = "vllm:generation_tokens_total", "vllm:request_generation_tokens_sum"  # by the worker, by the gateway
+UPLOADS = "polylora_adapter_uploads_total"
+MAX_POLLS = 100
 SEED = 7  # of what is asked for: the same adapters in the same order in both kinds of traffic
-SHOWN = ("output_tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "models_at_once", "misses")
+SHOWN = ("output_tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "models_at_once", "uploads")
 
 
 class Bench:
@@ -87,9 +91,9 @@ class Bench:
             model_seed=SEED,
             stand_ins=stand_ins or {},
         )
-        misses = self._misses()
+        uploads = self._uploads()
         metrics = measure(traffic, options.clients, options.processes)
-        metrics["misses"] = self._misses() - misses
+        metrics["uploads"] = self._uploads() - uploads
         self._report(title, metrics)
         return metrics["output_tokens_per_s"]
 
@@ -114,9 +118,16 @@ class Bench:
     def _post(self, route: str, body: dict[str, Any]) -> tuple[float, bytes]:
         return post(self._load, f"/v1/{route}", body)
 
-    def _misses(self) -> int:
-        """Requests so far that waited for a copy to the device."""
-        return sum(adapter["misses"] for adapter in self._listing()["data"])
+    def _uploads(self) -> float:
+        """Copies to the device so far. The worker tells now and then: wait until it has told of all tokens."""
+        for _ in range(MAX_POLLS):
+            with urllib.request.urlopen(f"{self._server.url}/metrics") as reply:
+                found = dict(re.findall(r"^(\w[\w:]*)(?:\{.*\})? (\S+)$", reply.read().decode(), re.MULTILINE))
+            told, given, uploads = (float(found.get(name, 0)) for name in (TOLD, GIVEN, UPLOADS))
+            if told == given:
+                break
+            time.sleep(0.05)
+        return uploads
 
     def _listing(self) -> dict[str, Any]:
         with urllib.request.urlopen(f"{self._server.url}/v1/adapters") as reply:

@@ -24,9 +24,9 @@ def test_adapters_that_fit_are_compared_with_those_that_do_not(tmp_path: Path) -
     assert found["adapters memory", "chunks_total"] == bench_adapters.num_chunks(16) == 24
     assert found["adapters memory", "host_adapters"] == 20
     assert found["adapters registered=1", "models_at_once"] == 1
-    assert found["adapters registered=1", "misses"] == 0, "it was brought to the device before"
-    assert found["adapters registered=40 again", "misses"] > 0
-    assert found["adapters registered=40 resident", "misses"] == 0
+    assert found["adapters registered=1", "uploads"] == 0, "it was brought to the device before"
+    assert found["adapters registered=40 again", "uploads"] > 0
+    assert found["adapters registered=40 resident", "uploads"] == 0
     assert found["adapters registered=40 over resident", "resident_share"] > 0
     assert found["adapters register 40", "load_s"] > 0
 

@@ -285,6 +285,7 @@ class Harness:
         policy: str = "lru",
         max_overtake_s: float = 1.0,
         is_fair: bool = True,
+        answer_rows: Callable[[int], int] = lambda num_answers: 0,
         enabled: bool = True,
         resolves: bool = False,
         hash_block: Callable[[bytes, bytes], bytes] | None = None,
@@ -325,6 +326,7 @@ class Harness:
             max_adapters=max_loras_per_batch,
             max_overtake_s=max_overtake_s,
             is_fair=is_fair,
+            answer_rows=answer_rows,
             clock=lambda: self.now,
         )
         self.runner = FakeRunner(block_size, self.pool, lazy=lazy, eos_odds=eos_odds)

@@ -56,6 +56,23 @@ def test_a_step_computes_at_most_its_prefill_budget_beside_the_answers() -> None
     assert all(harness.tokens(i) == answer(list(range(7 * i, 7 * i + 7)), 3) for i in range(6))
 
 
+def test_answers_take_the_place_of_prompt_tokens_up_to_half_of_them() -> None:
+    harness = Harness(max_prefill_tokens=8, answer_rows=lambda num_answers: 2 * num_answers)
+    sizes: list[tuple[int, int]] = []
+
+    def note(batch: list[ScheduledSequence]) -> None:
+        answers = [s for s in batch if s.start >= s.sequence.num_prompt_tokens]
+        sizes.append((len(answers), sum(s.num_tokens for s in batch) - len(answers)))
+
+    harness.runner.on_run = note
+    for request_id in range(3):
+        start(harness, request_id, [request_id], 60)
+        harness.step()
+        start(harness, 10 + request_id, list(range(100 * request_id, 100 * request_id + 80)), 1)
+        harness.step(6)
+    assert {(answers, prompts) for answers, prompts in sizes if prompts > 3} == {(1, 6), (2, 4), (3, 4)}
+
+
 def test_short_prompts_pass_a_long_one_that_still_gets_half_of_each_step() -> None:
     harness = Harness(max_prefill_tokens=8)
     tokens_of_long: list[int] = []

@@ -8,8 +8,19 @@ import torch
 T = TypeVar("T")
 
 # Steps of so many rows or fewer leave the GPU's bandwidth partly unused in their small GEMMs, and the shrinks fit in
-# beside them. Llama-3.1-8B's shape on an H200, ms a step with 8 adapters of rank 16, beside | behind:
-# 16 rows 5.79 | 6.43, 64 rows 6.65 | 7.33, 256 rows 12.2 | 12.1.
+# beside them; with more rows the GEMMs are cuBLAS's, which leave no room. Llama-3.1-8B's shape on an H200, context 512,
+# rank 16, ms a step, beside | behind (2026-11-24; tests/bench/LOG.md):
+#
+#   rows   1 adapter       8 adapters      64 adapters
+#      1   4.37 |  5.01
+#      8   4.79 |  5.66    4.81 |  6.08
+#     16   4.95 |  5.92    5.22 |  6.06
+#     32   5.43 |  6.03    5.62 |  5.95
+#     64   5.99 |  6.59    6.10 |  6.65    7.72 |  8.55
+#     96   7.36 |  7.32    7.65 |  7.42   10.05 |  9.89
+#    128   8.22 |  8.25    8.32 |  8.30   10.75 | 10.81
+#    192  10.77 | 10.75   11.06 | 10.77   13.43 | 13.12
+#    256  12.67 | 12.33   12.83 | 12.36   15.15 | 14.61
 MAX_ROWS = 64
 
 
