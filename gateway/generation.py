@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from gateway.detokenizer import Detokenizer
 from gateway.errors import ApiError, from_worker, invalid, model_not_found
 from gateway.metrics import Metrics
+from gateway.mixes import label, names_of
 from gateway.params import Job
 from gateway.placement import Fleet, Lease
 from gateway.session import OutputQueue
@@ -123,20 +124,23 @@ class Generation:
         self._closed = False
         self._answered = False  # a token has come
         self._num_restarts = 0
+        self._names = [names_of([job.adapter]) for job in plan.jobs]
         commands = [self._command(job) for job in plan.jobs]
         for command in commands[:: plan.num_choices]:
             if (error := check_generate(command, lease.model)) is not None:
                 raise self._error(error)
         self._start(commands)
-        for job in plan.jobs[:: plan.num_choices]:
-            lease.quotas.spend(job.adapter, len(job.prompt))
+        for job, names in list(zip(plan.jobs, self._names, strict=True))[:: plan.num_choices]:
+            lease.quotas.spend(names, len(job.prompt))
 
     def _command(self, job: Job) -> Generate:
+        generation, mix = self.lease.binding(job.adapter)
         return Generate(
             request_id=self.lease.session.new_request_id(),
             prompt_token_ids=job.prompt,
             sampling=job.sampling,
-            generation=self.lease.generations[job.adapter],
+            generation=generation,
+            mix=mix,
             cache_salt=self._plan.cache_salt,
             trace=self._plan.trace,
         )
@@ -176,15 +180,15 @@ class Generation:
         return []
 
     def _take(self, index: int, output: Output, now: float) -> Delta | None:
-        choice, adapter = self._choices[index], self._plan.jobs[index].adapter
+        choice = self._choices[index]
         self._answered = True
         if output.token_ids:
             since = choice.last_s or self._plan.started_s
             self._metrics.on_token(now - since, first=not choice.last_s)
             if not choice.last_s:
-                self._metrics.on_wait(adapter, now - since)
+                self._metrics.on_wait(label(self._plan.jobs[index].adapter), now - since)
             choice.last_s = now
-            self.lease.quotas.spend(adapter, len(output.token_ids))
+            self.lease.quotas.spend(self._names[index], len(output.token_ids))
         delta = choice.add(output)
         if delta is not None and delta.finish_reason is not None:
             request_id = self._live.pop(index)
@@ -210,7 +214,8 @@ class Generation:
     def _error(self, error: Error) -> ApiError:
         self._metrics.on_error(error.code)
         if error.code is ErrorCode.ADAPTER_GONE:
-            return model_not_found(next((job.adapter for job in self._plan.jobs if job.adapter), ""))
+            names, loaded = names_of(job.adapter for job in self._plan.jobs), self._fleet.adapters()
+            return model_not_found(next((name for name in names if name not in loaded), "".join(names[:1])))
         failure = from_worker(error)
         if error.code is ErrorCode.CONTEXT_LENGTH_EXCEEDED or failure.param == "prompt":
             failure.param = self._plan.prompt_param
@@ -257,6 +262,6 @@ class Generation:
         """Counts the request as answered, in the metrics."""
         usage = self.usage()
         for index, job in enumerate(self._plan.jobs):
-            if job.adapter is not None:
-                self._metrics.on_adapter(job.adapter, len(job.prompt), self._choices[index].num_tokens)
+            if (name := label(job.adapter)) is not None:
+                self._metrics.on_adapter(name, len(job.prompt), self._choices[index].num_tokens)
         self._metrics.on_answer(time.monotonic() - self._plan.started_s, usage.prompt_tokens, usage.completion_tokens)

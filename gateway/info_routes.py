@@ -57,7 +57,9 @@ async def get_model(request: Request) -> Response:
     model = gateway.fleet.require_model()
     model_id = request.path_params["id"]
     adapter = gateway.resolve(model_id)
-    return json_response(_card(model_id, model, gateway.fleet.adapters()[adapter] if adapter else None))
+    return json_response(
+        _card(model_id, model, gateway.fleet.adapters()[adapter] if isinstance(adapter, str) else None)
+    )
 
 
 async def health(request: Request) -> Response:

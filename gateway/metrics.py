@@ -16,6 +16,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from gateway.mixes import SEVERAL
+
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
@@ -101,7 +103,7 @@ class Metrics:
         """An adapter's name, or what stands for all that came after so many."""
         if len(self._shown) < _MAX_SHOWN_ADAPTERS:
             self._shown.add(adapter)
-        return adapter if adapter in self._shown else _OTHER
+        return adapter if adapter in self._shown or adapter == SEVERAL else _OTHER
 
     def on_http(self, route: str, status: int) -> None:
         """An HTTP request ended."""

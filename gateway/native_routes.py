@@ -11,13 +11,15 @@ from starlette.responses import Response
 from gateway import params
 from gateway.errors import invalid
 from gateway.generation import Delta, Generation, Plan
+from gateway.mixes import Adapter
 from gateway.model_text import SamplingDefaults
 from gateway.openai_json import DONE
 from gateway.params import Job, TextOptions
 from gateway.placement import Lease
 from gateway.responses import EventStream, WholeResponse
-from gateway.schemas import NativeRequest, NativeSampling, body_decoder
+from gateway.schemas import NativeRequest, NativeSampling, WeightedAdapter, body_decoder
 from gateway.state import Gateway, gateway_of, read_json
+from protocol.messages import MAX_MIX
 
 _decode = body_decoder(NativeRequest)
 _encode = msgspec.json.Encoder().encode
@@ -127,15 +129,29 @@ def _per_prompt(value: Any, num_prompts: int, param: str) -> list[Any]:
     return value
 
 
-def _adapters(gateway: Gateway, fields: NativeRequest, num_prompts: int) -> list[str | None]:
-    """The adapter of each prompt."""
-    base = gateway.fleet.require_model().names[0]
-    names = _per_prompt(fields.lora_path, num_prompts, "lora_path")
-    resolved = {name: gateway.resolve(base, name) for name in set(names)}
-    return [resolved[name] for name in names]
+def _adapters(gateway: Gateway, fields: NativeRequest, num_prompts: int) -> list[Adapter]:
+    """The adapter or mix of each prompt."""
+    base, given, scale = gateway.fleet.require_model().names[0], fields.lora_path, fields.lora_scale
+    if isinstance(given, list):
+        mix = [entry for entry in given if isinstance(entry, WeightedAdapter)]
+        if mix and (len(mix) < len(given) or len(mix) > MAX_MIX):
+            message = f"lora_path is one mix of at most {MAX_MIX} adapters, or a list with one name or mix a prompt."
+            raise invalid("lora_path", message)
+        if mix:
+            return [gateway.resolve(base, mix, scale)] * num_prompts
+    chosen = _per_prompt(given, num_prompts, "lora_path")
+    if scale is not None and not any(chosen):
+        raise invalid("lora_scale", "lora_scale needs an adapter, and this request names none.")
+    named = {
+        name: gateway.resolve(base, name, scale if name else None) for name in chosen if not isinstance(name, list)
+    }
+    return [
+        gateway.resolve(base, entry, scale, f"lora_path[{i}]") if isinstance(entry, list) else named[entry]
+        for i, entry in enumerate(chosen)
+    ]
 
 
-def _jobs(prompt: list[int], fields: NativeSampling, adapter: str | None, lease: Lease, num_choices: int) -> list[Job]:
+def _jobs(prompt: list[int], fields: NativeSampling, adapter: Adapter, lease: Lease, num_choices: int) -> list[Job]:
     if not prompt:
         raise invalid("text", "text has no tokens.")
     asked = fields.max_new_tokens

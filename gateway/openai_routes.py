@@ -10,6 +10,7 @@ from gateway.chat_json import ChatShape
 from gateway.completion_json import CompletionShape
 from gateway.errors import invalid, unsupported
 from gateway.generation import Plan
+from gateway.mixes import Adapter
 from gateway.openai_json import Answer, Shape
 from gateway.params import Job
 from gateway.placement import Lease
@@ -31,7 +32,7 @@ async def chat_completions(request: Request) -> Response:
     """A chat's next message."""
     gateway = gateway_of(request)
     fields = _decode_chat(await read_json(request))
-    adapter = gateway.resolve(fields.model, fields.lora_path)
+    adapter = gateway.resolve(fields.model, fields.lora_path, fields.lora_scale)
     num_choices = _check_fields(fields, gateway)
     logprobs = params.chat_logprobs(fields)
     lease = gateway.admit({adapter}, num_choices)
@@ -92,7 +93,7 @@ async def completions(request: Request) -> Response:
     """The continuation of one prompt or many."""
     gateway = gateway_of(request)
     fields = _decode_completion(await read_json(request))
-    adapter = gateway.resolve(fields.model, fields.lora_path)
+    adapter = gateway.resolve(fields.model, fields.lora_path, fields.lora_scale)
     num_choices = _check_fields(fields, gateway)
     best_of = _best_of(fields, num_choices, gateway)
     if fields.max_tokens == 0 and not fields.echo:
@@ -176,7 +177,7 @@ def _completion_sampling(
 
 
 def _jobs(
-    fields: SamplingFields, pairs: list[tuple[list[int], SamplingParams]], num_choices: int, adapter: str | None
+    fields: SamplingFields, pairs: list[tuple[list[int], SamplingParams]], num_choices: int, adapter: Adapter
 ) -> list[Job]:
     """num_choices jobs for each prompt, in the order of the answer's choices."""
     text = params.text_options(fields)

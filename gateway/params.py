@@ -7,6 +7,7 @@ import msgspec
 
 from gateway.chat_template import ChatTemplateError
 from gateway.errors import ApiError, from_worker, invalid, unsupported
+from gateway.mixes import Adapter
 from gateway.model_text import ModelText, SamplingDefaults
 from gateway.schemas import MAX_PROMPTS, ChatRequest, Message, NativeSampling, SamplingFields, Stop
 from protocol.bounds import context_length_exceeded
@@ -41,7 +42,7 @@ class Job:
     prompt: list[int]
     sampling: SamplingParams
     text: TextOptions
-    adapter: str | None
+    adapter: Adapter
 
 
 def text_options(fields: SamplingFields) -> TextOptions:

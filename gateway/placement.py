@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from gateway.errors import invalid, model_not_found, overloaded, unavailable
+from gateway.mixes import Adapter, Mix, names_of
 from gateway.model_text import ModelText
 from gateway.quotas import Quotas
 from gateway.session import Session, SessionLost
@@ -19,6 +20,7 @@ from protocol.messages import (
     AdapterMemory,
     AdapterReply,
     AdapterState,
+    MixMember,
     ModelCard,
 )
 
@@ -30,7 +32,7 @@ class Lease:
     session: Session
     model: ModelCard
     text: ModelText
-    generations: dict[str | None, int]
+    generations: dict[str, int]  # of every adapter in use, mixed or alone
     num_sequences: int
     quotas: Quotas
     fingerprint: str  # of the model's and the adapters' content
@@ -38,9 +40,15 @@ class Lease:
     def release(self) -> None:
         """Gives the credits back; more than once is harmless."""
         if self.num_sequences:
-            self.quotas.leave([name for name in self.generations if name is not None])
+            self.quotas.leave(self.generations.keys())
         self.session.num_reserved -= self.num_sequences
         self.num_sequences = 0
+
+    def binding(self, adapter: Adapter) -> tuple[int, list[MixMember]]:
+        """For a Generate: a generation, or a mix of some."""
+        if isinstance(adapter, Mix):
+            return BASE_GENERATION, [MixMember(self.generations[name], weight) for name, weight in adapter.members]
+        return (BASE_GENERATION if adapter is None else self.generations[adapter]), []
 
 
 class Fleet:
@@ -100,7 +108,7 @@ class Fleet:
                 found.setdefault(name, info)
         return found
 
-    def admit(self, adapters: Collection[str | None], num_sequences: int) -> Lease:
+    def admit(self, adapters: Collection[Adapter], num_sequences: int) -> Lease:
         """Reserves a place for the sequences on the least loaded worker that has all the adapters.
 
         Raises a 503 without a worker, a 404 if an adapter is gone, a 429 if no worker has room.
@@ -108,10 +116,11 @@ class Fleet:
         ready = self.ready()
         if not ready:
             raise unavailable()
-        names = [name for name in adapters if name is not None]
+        names = names_of(adapters)
         able = [worker for worker in ready if all(name in worker.adapters for name in names)]
         if not able:
-            raise model_not_found(names[0])
+            missing = (name for name in names if not any(name in worker.adapters for worker in ready))
+            raise model_not_found(next(missing, names[0]))
         worker = max(able, key=_num_free)
         session, model, text = worker.session, worker.model, worker.text
         assert session is not None and model is not None and text is not None
@@ -122,8 +131,7 @@ class Fleet:
             raise overloaded()
         self._quotas.enter(names)
         session.num_reserved += num_sequences
-        generations: dict[str | None, int] = {None: BASE_GENERATION}
-        generations.update((name, worker.adapters[name].generation) for name in names)
+        generations = {name: worker.adapters[name].generation for name in names}
         contents = [model.digest, *sorted(worker.adapters[name].digest for name in names)]
         fingerprint = hashlib.sha256(" ".join(contents).encode()).hexdigest()[:12]
         return Lease(session, model, text, generations, num_sequences, self._quotas, fingerprint)

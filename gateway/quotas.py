@@ -56,10 +56,11 @@ class Quotas:
             count.requests -= 1
             count.running += 1
 
-    def spend(self, name: str | None, num_tokens: int) -> None:
-        """A request that has entered took so many tokens, of its prompt or of its answer."""
-        if self._tokens and name is not None and (count := self._counts.get(name)) is not None:
-            count.tokens -= num_tokens
+    def spend(self, names: Collection[str], num_tokens: int) -> None:
+        """A sequence under these names took so many tokens, of its prompt or of its answer."""
+        for name in names if self._tokens else ():
+            if (count := self._counts.get(name)) is not None:
+                count.tokens -= num_tokens
 
     def leave(self, names: Collection[str]) -> None:
         """Undoes the part of `enter` that lasts as long as the request."""

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 
 from gateway.errors import ApiError, invalid, unsupported
+from protocol.messages import MAX_MIX, MAX_MIX_WEIGHT
 from protocol.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, Penalty, TokenId
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,17 @@ LogitBias = Annotated[
 ]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 CacheSalt = Annotated[str, Meta(max_length=128)]
+Weight = Annotated[float, Meta(ge=-MAX_MIX_WEIGHT, le=MAX_MIX_WEIGHT)]
+
+
+class WeightedAdapter(Struct, forbid_unknown_fields=True):
+    """One adapter of a mix: what it adds to the base model counts `weight` times, 1 if that is left out."""
+
+    name: str
+    weight: Weight | None = None
+
+
+MixFields = Annotated[list[WeightedAdapter], Meta(min_length=1, max_length=MAX_MIX)]
 
 
 class StreamOptions(Struct, frozen=True):
@@ -98,7 +110,8 @@ class SamplingFields(Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     add_special_tokens: bool | None = None
     cache_salt: CacheSalt | None = None
-    lora_path: str | None = None
+    lora_path: str | MixFields | None = None
+    lora_scale: Weight | None = None  # of the adapter, or of all of the mix
     service_tier: Literal["auto", "default"] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -192,7 +205,11 @@ class NativeRequest(Struct, kw_only=True):
     text: str | Annotated[list[str], Meta(min_length=1, max_length=MAX_PROMPTS)] | None = None
     input_ids: Annotated[list[Any], Meta(min_length=1)] | None = None
     sampling_params: NativeSampling | Annotated[list[NativeSampling], Meta(max_length=MAX_PROMPTS)] | None = None
-    lora_path: str | Annotated[list[str | None], Meta(max_length=MAX_PROMPTS)] | None = None
+    # For each prompt, or for all: a name, a mix or null. Entries that are objects are one mix for all.
+    lora_path: str | Annotated[list[str | WeightedAdapter | MixFields | None], Meta(max_length=MAX_PROMPTS)] | None = (
+        None
+    )
+    lora_scale: Weight | None = None
     stream: bool | None = None
 
 

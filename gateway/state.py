@@ -11,8 +11,10 @@ from gateway.config import GatewayConfig
 from gateway.errors import ApiError, from_worker, unavailable
 from gateway.generation import Generation, Plan
 from gateway.metrics import Metrics
+from gateway.mixes import Adapter, scaled
 from gateway.placement import Fleet, Lease
 from gateway.registry import is_adapter_name, resolve_with_lora_path
+from gateway.schemas import WeightedAdapter
 from protocol.errors import ErrorCode
 
 P = ParamSpec("P")
@@ -38,12 +40,22 @@ class Gateway:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
 
-    def resolve(self, model: str, lora_path: str | None = None) -> str | None:
-        """The adapter that a request names, or None for the base model. Raises a 404, or a 503 without a worker."""
-        card = self.fleet.require_model()
-        return resolve_with_lora_path(model, lora_path, card.names, self.fleet.adapters())
+    def resolve(
+        self,
+        model: str,
+        lora_path: str | list[WeightedAdapter] | None = None,
+        lora_scale: float | None = None,
+        param: str = "lora_path",
+    ) -> Adapter:
+        """What a request names: an adapter, a mix, or None for the base model. Raises a 404, or a 503 without a worker.
 
-    def admit(self, adapters: Collection[str | None], num_sequences: int) -> Lease:
+        param: what errors about lora_path name.
+        """
+        card = self.fleet.require_model()
+        adapter = resolve_with_lora_path(model, lora_path, card.names, self.fleet.adapters(), param)
+        return adapter if lora_scale is None else scaled(adapter, lora_scale)
+
+    def admit(self, adapters: Collection[Adapter], num_sequences: int) -> Lease:
         """Reserves places for a request; count it before any expensive work is done for it."""
         return self.fleet.admit(adapters, num_sequences)
 

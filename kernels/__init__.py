@@ -8,7 +8,7 @@ from kernels.edges import EdgeRows, Edges, EdgeSite, add_embeddings, add_logits
 from kernels.paged_plan import PagedPlan
 from kernels.reference import AttentionPlan, DecodeGroup, PrefillSpan, kv_rows
 from kernels.segments import LoraSite, Rescaled, Segments
-from kernels.work_list import AdapterRows, LoraDelta, WorkList
+from kernels.work_list import AdapterRows, LoraDelta, Member, WorkList
 
 __all__ = [
     "AdapterRows",
@@ -19,6 +19,7 @@ __all__ = [
     "Edges",
     "LoraDelta",
     "LoraSite",
+    "Member",
     "PagedPlan",
     "PrefillSpan",
     "Rescaled",

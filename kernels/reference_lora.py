@@ -62,7 +62,7 @@ def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, segments: Segments) -
 
     x [num_tokens, in_features]; chunks [num_chunks, chunk_size] ->
     s [num_lora_rows, max_chunks, num_modules · chunk_rank]. What a segment's adapter has not (chunks beyond its own,
-    sites where all its scales are 0) is left unwritten, and lora_expand does not read it.
+    sites where all scales of a chunk are 0) is left unwritten, and lora_expand does not read it.
     """
     x = x[segments.rows] if segments.span is None else x[segments.span]
     max_chunks, width = segments.max_chunks, len(site.out_features) * site.chunk_rank
@@ -79,7 +79,8 @@ def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, segments: Segments) -
 
 
 def lora_expand(y: Tensor, s: Tensor, chunks: Tensor, site: LoraSite, segments: Segments) -> None:
-    """Semantics: y[rows[i], module's columns] += scale * sum over j of s[i, j, module] @ B(chunk j, module)ᵀ, in place.
+    """Semantics: y[rows[i], module's columns] += sum over j of scale(chunk j) * s[i, j, module] @ B(chunk j, module)ᵀ,
+    in place.
 
     y [num_tokens, sum(out_features)], s from lora_shrink. A module whose scale is 0 is skipped; rows without an
     adapter are not touched.
@@ -139,9 +140,9 @@ def _make_work(chunks: Tensor, site: LoraSite, segments: Segments) -> Work:
     # By chunk, so that a row stands once in each run, and by the modules that the adapter has.
     singles: dict[tuple[int, tuple[bool, ...]], list[Single]] = {}
     for i, chunk_ids in enumerate(segments.chunk_ids):
-        scales = _scales(site, segments, i)
-        if segments.indptr[i + 1] - segments.indptr[i] == 1 and any(scales):
-            for j, chunk_id in enumerate(chunk_ids):
+        for j, chunk_id in enumerate(chunk_ids):
+            scales = _scales(site, segments, i, j)
+            if segments.indptr[i + 1] - segments.indptr[i] == 1 and any(scales):
                 has_modules = tuple(map(bool, scales))
                 singles.setdefault((j, has_modules), []).append((chunk_id, segments.indptr[i], scales))
     runs = [
@@ -182,9 +183,10 @@ def _make_run(chunks: Tensor, site: LoraSite, segments: Segments, chunk: int, ru
     return Run(rows, run[0][1], rows.argsort() if is_all else None, chunk, scales[:, :, None], modules)
 
 
-def _scales(site: LoraSite, segments: Segments, segment: int) -> list[float]:
-    """A segment's scales at a site, one for each module."""
-    return segments.scale_table[segment][site.layer][site.first_module : site.first_module + len(site.out_features)]
+def _scales(site: LoraSite, segments: Segments, segment: int, chunk: int) -> list[float]:
+    """The scales of a segment's chunk at a site, one for each module."""
+    table = segments.scale_table[segment][chunk]
+    return table[site.layer][site.first_module : site.first_module + len(site.out_features)]
 
 
 def _make_tasks(chunks: Tensor, site: LoraSite, segments: Segments) -> list[Task]:
@@ -192,10 +194,10 @@ def _make_tasks(chunks: Tensor, site: LoraSite, segments: Segments) -> list[Task
     num_modules = len(site.out_features)
     for i, chunk_ids in enumerate(segments.chunk_ids):
         first, last = segments.indptr[i], segments.indptr[i + 1]
-        scales = _scales(site, segments, i)
-        if not any(scales):
-            continue
         for j, chunk_id in enumerate(chunk_ids):
+            scales = _scales(site, segments, i, j)
+            if not any(scales):
+                continue
             start = int(chunks.storage_offset()) + chunk_id * chunks.stride(0)
             size = (num_modules * site.chunk_rank, site.in_features)
             a = chunks.as_strided(size, (site.in_features, 1), start + site.a_offset)

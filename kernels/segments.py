@@ -30,15 +30,15 @@ class LoraSite:
 class Segments:
     """The rows of a step that have an adapter, grouped by adapter. Rows of the base model are in no segment.
 
-    Segment i is rows[indptr[i] : indptr[i + 1]]; its adapter is the sum of chunk_ids[i].
+    Segment i is rows[indptr[i] : indptr[i + 1]]; its adapter, or mix of adapters, is the sum of chunk_ids[i].
     """
 
     rows: Tensor  # int64 [num_lora_rows]: rows of the flat batch, grouped by adapter
     span: slice | None  # rows as a slice where they are one ascending run, so that nothing is gathered
     indptr: tuple[int, ...]
     chunk_ids: tuple[tuple[int, ...], ...]
-    scales: Tensor  # float32 [num_segments, num_layers, num_modules]; 0: the adapter has nothing there
-    scale_table: tuple[list[list[float]], ...]  # scales again, for ops that read them on the host
+    # Of each segment's chunks, by layer and module; 0: the adapter has nothing there.
+    scale_table: tuple[tuple[list[list[float]], ...], ...]
     work: dict[Any, Any] = field(default_factory=dict)  # what an op works out of them once, by its own key
 
     @property
@@ -54,7 +54,10 @@ class Segments:
         scales: Sequence[Tensor],
         device: torch.device,
     ) -> "Segments":
-        """Segments from each adapter's rows (not empty), chunk ids and scales [num_layers, num_modules]."""
+        """Segments from each adapter's rows (not empty), chunk ids and scales [num_layers, num_modules].
+
+        A mix of adapters has scales for each of its chunks: [num_chunks, num_layers, num_modules].
+        """
         flat = [row for segment in rows for row in segment]
         indptr = [0]
         for segment in rows:
@@ -65,8 +68,10 @@ class Segments:
             span=slice(flat[0], flat[0] + len(flat)) if is_run else None,
             indptr=tuple(indptr),
             chunk_ids=tuple(chunk_ids),
-            scales=torch.stack(list(scales)).to(device),
-            scale_table=tuple(scale.tolist() for scale in scales),
+            scale_table=tuple(
+                tuple(scale.tolist()) if scale.ndim == 3 else (scale.tolist(),) * len(ids)
+                for scale, ids in zip(scales, chunk_ids, strict=True)
+            ),
         )
 
 

@@ -19,24 +19,36 @@ NUM_SEGMENTS, NUM_LORA_SEGMENTS, NUM_TASKS = 0, 1, 2
 _NUM_COUNTS = 4
 _TASK_SIZE = 4
 _MAX_MODULES_OF_A_SITE = 3
+MAX_MEMBERS = 8  # adapters in a mix
+_NO_FACTOR = -1
+
+
+class Member(NamedTuple):
+    """An adapter in a mix of several, or with a weight."""
+
+    slot: int
+    num_chunks: int
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterRows:
-    """The rows of a step that go through one adapter."""
+    """The rows of a step that go through one adapter, or one mix of adapters."""
 
     rows: Sequence[int]  # of the flat batch, not empty
-    slot: int  # the adapter's row of WorkList.scales
+    slot: int  # the adapter's row of WorkList.scales; of a mix nothing is read there
     chunk_ids: Sequence[int]
+    members: Sequence[Member] = ()  # of a mix, in the order of chunk_ids
 
 
 class Segment(NamedTuple):
-    """A few rows of one adapter or of the base model."""
+    """A few rows of one adapter, of a mix or of the base model."""
 
     rows: Sequence[int]
     first: int  # the place of its first row in the shrink buffer
     slot: int
     chunk_ids: Sequence[int]  # none: the base model
+    factors: Sequence[int] = ()  # of a mix: for each chunk its row of WorkList.factors
 
 
 class SegmentTable:
@@ -45,10 +57,12 @@ class SegmentTable:
     records  int32 [max_segments, record_size]. A segment's record: its rows (-1 behind the last), the place of its
              first row in the shrink buffer, its number of chunks (0: base model), its adapter's slot, a filler, its
              chunk ids.
-    tasks    int32 [max_tasks, 4]: (segment, i, chunk id, a filler) for every chunk i of every adapter's segment.
+    tasks    int32 [max_tasks, 4]: (segment, i, chunk id, row of WorkList.factors or -1) for every chunk i of every
+             adapter's segment.
     counts   int32 [4]: segments, how many of them have an adapter (these stand first), tasks, a filler.
     scales   float32 [max_segments, num_layers, num_modules]: each segment's own, so that a kernel need not read the
-             record first; 0: the adapter has nothing there. The base model's are not read.
+             record first; 0: the adapter has nothing there. The base model's are not read. A mix's are 1 where any of
+             its adapters has something: s is weighted already.
     semaphores  int32, zero between kernels: one for each task and module.
     num_segments, num_tasks: the most that a kernel may find when it runs, for its grid. See WorkList.changes.
     """
@@ -72,7 +86,7 @@ class SegmentTable:
         self.scales = torch.zeros(max_segments, *slot_scales.shape[1:], device=device)
         self.semaphores = torch.zeros(self.max_tasks * _MAX_MODULES_OF_A_SITE, dtype=torch.int32, device=device)
 
-    def fill(self, segments: Sequence[Segment]) -> None:
+    def fill(self, segments: Sequence[Segment], factors: Tensor) -> None:
         """Hold these, those with an adapter first. One copy to the device and one gather there."""
         assert len(segments) <= self.max_segments
         host = array("i", bytes(4 * self._end_of_tasks))
@@ -82,16 +96,27 @@ class SegmentTable:
             num_lora_segments += bool(segment.chunk_ids)
             for j, chunk_id in enumerate(segment.chunk_ids):
                 place = _NUM_COUNTS + _TASK_SIZE * num_tasks
-                host[place : place + _TASK_SIZE] = array("i", (i, j, chunk_id, 0))
+                factor = segment.factors[j] if segment.factors else _NO_FACTOR
+                host[place : place + _TASK_SIZE] = array("i", (i, j, chunk_id, factor))
                 num_tasks += 1
         if not self._changes:
             self.num_segments, self.num_tasks = len(segments), num_tasks
         host[0:_NUM_COUNTS] = array("i", (len(segments), num_lora_segments, num_tasks, 0))
-        source = torch.frombuffer(host, dtype=torch.int32)
-        if self._data.is_cuda:  # from pageable memory the copy would wait for what is enqueued
-            source = source.pin_memory()
-        self._data[: len(host)].copy_(source, non_blocking=True)
+        self._data[: len(host)].copy_(_pinned(host, self._data.device), non_blocking=True)
         torch.index_select(self._slot_scales, 0, self._slots, out=self.scales)
+        self._fill_mixes(segments, factors)
+
+    def _fill_mixes(self, segments: Sequence[Segment], factors: Tensor) -> None:
+        """The scales of mixes."""
+        pairs = [(i, row) for i, segment in enumerate(segments) for row in dict.fromkeys(segment.factors)]
+        if pairs:
+            places = {place: i for i, place in enumerate(dict.fromkeys(place for place, _ in pairs))}
+            owners = [places[place] for place, _ in pairs]
+            numbers = _upload(array("q", [*places, *owners, *(row for _, row in pairs)]), factors.device)
+            of_places, of_owners, rows = numbers.split([len(places), len(pairs), len(pairs)])
+            live = factors.new_zeros(len(places), *factors.shape[1:])
+            live.index_add_(0, of_owners, (factors.index_select(0, rows) != 0).float())
+            self.scales.index_copy_(0, of_places, live.clamp_(max=1.0))
 
     def _append(self, host: "array[int]", segment: Segment) -> None:
         padding = (-1 for _ in range(self.block_rows - len(segment.rows)))
@@ -107,6 +132,9 @@ class WorkList:
     A kernel walks over two tables in one launch: `long` for an adapter's many rows and for the base model's, whose
     tiles suit tensor cores and bandwidth; `short` for the few rows of one adapter that a decode has, whose tiles are
     not mostly padding. Without long segments, as in the graphs of decodes, everything is short.
+
+    factors  float32 [.., num_layers, num_modules]: what a mix multiplies s by, a row for each of its adapters: the
+             adapter's scales times its weight.
     """
 
     def __init__(
@@ -127,6 +155,10 @@ class WorkList:
         assert slot_scales.dtype == torch.float32 and slot_scales.ndim == 3
         self.max_chunks, self.changes = max_chunks, changes
         self._once: dict[Any, Any] = {}
+        self._slot_scales = self.factors = slot_scales  # for want of mixes; nothing is read there then
+        if changes:
+            most = max_segments * min(MAX_MEMBERS, max_chunks)
+            self.factors = torch.zeros(most, *slot_scales.shape[1:], device=slot_scales.device)
         self.short = SegmentTable(slot_scales, max_segments, max_chunks, block_rows, changes)
         self.long: SegmentTable | None = None
         if long_rows:
@@ -155,29 +187,51 @@ class WorkList:
     def update(self, num_rows: int, adapters: Sequence[AdapterRows]) -> None:
         """Describe a step of num_rows rows; a row that no adapter names is the base model's."""
         self._once.clear()
+        factors = self._fill_factors(adapters)
         short: list[Segment] = []
         long: list[Segment] = []
         is_base = bytearray(b"\1") * num_rows
         first = 0
-        for adapter in adapters:
+        for adapter, of_mix in zip(adapters, factors, strict=True):
             assert 0 < len(adapter.chunk_ids) <= self.max_chunks
             for row in adapter.rows:
                 assert is_base[row], "a row has one adapter"
                 is_base[row] = False
             num_long = self._num_long(len(adapter.rows))
             for rows in _blocks(adapter.rows[:num_long], self.long):
-                long.append(Segment(rows, first, adapter.slot, adapter.chunk_ids))
+                long.append(Segment(rows, first, adapter.slot, adapter.chunk_ids, of_mix))
                 first += len(rows)
             for rows in _blocks(adapter.rows[num_long:], self.short):
-                short.append(Segment(rows, first, adapter.slot, adapter.chunk_ids))
+                short.append(Segment(rows, first, adapter.slot, adapter.chunk_ids, of_mix))
                 first += len(rows)
         base = [row for row in range(num_rows) if is_base[row]]
         # All of them in one kind of tile: kernels without adapters take that tile too, and agree to the bit.
         segments = short if self.long is None else long
         segments.extend(Segment(rows, 0, 0, ()) for rows in _blocks(base, self.long or self.short))
-        self.short.fill(short)
+        self.short.fill(short, self.factors)
         if self.long is not None:
-            self.long.fill(long)
+            self.long.fill(long, self.factors)
+
+    def _fill_factors(self, adapters: Sequence[AdapterRows]) -> list[list[int]]:
+        """Of each adapter the chunks' rows of factors; none, but for mixes."""
+        members: list[Member] = []
+        rows: list[list[int]] = []
+        for adapter in adapters:
+            assert len(adapter.members) <= MAX_MEMBERS
+            of_mix = [len(members) + i for i, member in enumerate(adapter.members) for _ in range(member.num_chunks)]
+            assert len(of_mix) in (0, len(adapter.chunk_ids))
+            rows.append(of_mix)
+            members += adapter.members
+        if members:
+            device = self._slot_scales.device
+            slots = _upload(array("q", [member.slot for member in members]), device)
+            weights = _upload(array("f", [member.weight for member in members]), device)
+            factors = self._slot_scales.index_select(0, slots) * weights[:, None, None]
+            if self.changes:
+                self.factors[: len(members)] = factors
+            else:
+                self.factors = factors
+        return rows
 
     def _num_long(self, num_rows: int) -> int:
         """How many of an adapter's rows go into long segments: no more than half of the last may be padding."""
@@ -185,6 +239,16 @@ class WorkList:
             return 0
         rest = num_rows % self.long.block_rows
         return num_rows if 2 * rest > self.long.block_rows else num_rows - rest
+
+
+def _pinned(numbers: "array[Any]", device: torch.device) -> Tensor:
+    """As a tensor; from pageable memory the copy to a GPU would wait for what is enqueued there."""
+    source = torch.frombuffer(numbers, dtype={"i": torch.int32, "q": torch.int64, "f": torch.float32}[numbers.typecode])
+    return source.pin_memory() if device.type == "cuda" else source
+
+
+def _upload(numbers: "array[Any]", device: torch.device) -> Tensor:
+    return _pinned(numbers, device).to(device, non_blocking=True)
 
 
 def _blocks(rows: Sequence[int], table: SegmentTable | None) -> Iterator[Sequence[int]]:

@@ -3,7 +3,7 @@
 import math
 
 from protocol.errors import Error, ErrorCode
-from protocol.messages import Generate, ModelCard
+from protocol.messages import BASE_GENERATION, Generate, ModelCard
 from protocol.sampling import SamplingParams
 
 # Values of a prompt's logprobs, the chosen and the likeliest together: at 15 bytes each a quarter of a frame.
@@ -29,7 +29,7 @@ def check_generate(command: Generate, model: ModelCard) -> Error | None:
         return _invalid("logit_bias", f"a logit_bias key is outside the vocabulary of {model.vocab_size}")
     if sampling.grammar is not None and not model.grammars:
         return _invalid("grammar", "this server's worker cannot hold answers to a grammar")
-    if (error := _check_prompt_logprobs(command, model)) is not None:
+    if (error := _check_prompt_logprobs(command, model) or _check_mix(command)) is not None:
         return error
     return _check_finite(sampling)
 
@@ -40,6 +40,17 @@ def _check_finite(sampling: SamplingParams) -> Error | None:
             return _invalid(name, f"{name} must be finite")
     if not all(math.isfinite(bias) for bias in sampling.logit_bias.values()):
         return _invalid("logit_bias", "logit_bias values must be finite")
+    return None
+
+
+def _check_mix(command: Generate) -> Error | None:
+    generations = [member.generation for member in command.mix]
+    if generations and command.generation != BASE_GENERATION:
+        return _invalid("lora_path", "a request has an adapter or a mix of adapters, not both")
+    if len(set(generations)) < len(generations):
+        return _invalid("lora_path", "an adapter is in a mix once")
+    if not all(math.isfinite(member.weight) for member in command.mix):
+        return _invalid("lora_path", "the weights of a mix must be finite")
     return None
 
 

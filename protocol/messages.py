@@ -14,6 +14,8 @@ from protocol.sampling import SamplingParams, TokenId
 
 BASE_GENERATION = 0  # the base model, no adapter
 MAX_LISTED_ADAPTERS = 500  # in one Welcome or AdapterList, so that none outgrows a frame
+MAX_MIX = 8  # adapters in a mix
+MAX_MIX_WEIGHT = 100.0  # of a mix's adapter, either sign
 
 AdapterName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"\A[A-Za-z0-9][A-Za-z0-9._:/-]*\Z")]
 ProcessId = Annotated[bytes, Meta(min_length=16, max_length=16)]  # random at each boot
@@ -149,13 +151,22 @@ class Hello(Command, frozen=True, kw_only=True, tag="hello"):
     build: str
 
 
-class Generate(Command, frozen=True, kw_only=True, tag="generate"):
+class MixMember(Struct, frozen=True, forbid_unknown_fields=True):
+    """One adapter of a weighted sum of adapters: what it adds to the base model counts `weight` times."""
+
+    generation: Annotated[int, Meta(ge=1)]
+    weight: Annotated[float, Meta(ge=-MAX_MIX_WEIGHT, le=MAX_MIX_WEIGHT)]
+
+
+class Generate(Command, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
     """Starts a sequence. Answered by Outputs until one carries a finish reason or an error."""
 
     request_id: Unsigned
     prompt_token_ids: Annotated[list[TokenId], Meta(min_length=1)]
     sampling: SamplingParams
     generation: Unsigned = BASE_GENERATION  # the adapter generation that the gateway bound the request to
+    # In its place, a weighted sum of generations, each there once. An adapter of weight 1 alone is no mix.
+    mix: Annotated[list[MixMember], Meta(max_length=MAX_MIX)] = []
     cache_salt: Annotated[str, Meta(max_length=128)] = ""  # prefix-cache entries are shared under the same salt only
     trace: Annotated[str, Meta(max_length=128)] = ""  # the HTTP request's id, for the log
 

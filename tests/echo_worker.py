@@ -92,6 +92,16 @@ def digest_of(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()
 
 
+def mix_digest(weighted: list[tuple[str, float]]) -> str:
+    """The made-up content of a mix of adapters with these digests and weights, in any order."""
+    return "+".join(f"{digest}*{weight}" for digest, weight in sorted(weighted))
+
+
+def generations_of(command: Generate) -> list[int]:
+    """The adapters that a command names."""
+    return [member.generation for member in command.mix] or [command.generation]
+
+
 @dataclass(eq=False)
 class Running:
     """A sequence."""
@@ -293,14 +303,17 @@ class EchoWorker:
             self._send(routing_id, Outputs(outputs=[output]))
             return
         digest = ""
-        if command.generation:
-            if command.generation not in self.adapters or self.counts["gone"]:
+        if command.generation or command.mix:
+            if any(g not in self.adapters for g in generations_of(command)) or self.counts["gone"]:
                 self.counts["gone"] = max(0, self.counts["gone"] - 1)
                 error = Error(ErrorCode.ADAPTER_GONE, "The adapter was unloaded.", "model")
                 output = Output(request_id=command.request_id, offset=0, token_ids=[], error=error)
                 self._send(routing_id, Outputs(outputs=[output]))
                 return
-            digest = self.adapters[command.generation].digest
+            if command.mix:
+                digest = mix_digest([(self.adapters[m.generation].digest, m.weight) for m in command.mix])
+            else:
+                digest = self.adapters[command.generation].digest
         key = echo_key(command.prompt_token_ids, digest, command.sampling.seed)
         peer.running[command.request_id] = Running(command, key, self.said)
         if self.said_then:
@@ -379,7 +392,8 @@ class EchoWorker:
         )
 
     def _running(self) -> list[int]:
-        return [r.command.generation for peer in self.peers.values() for r in peer.running.values()]
+        running = (r for peer in self.peers.values() for r in peer.running.values())
+        return [generation for r in running for generation in generations_of(r.command)]
 
     def _unload(self, routing_id: bytes, command: UnloadAdapter) -> None:
         self.failed.pop(command.name, None)
@@ -397,11 +411,11 @@ class EchoWorker:
             error = Error(ErrorCode.ADAPTER_CONFLICT, "The generation is another.", "expected_generation")
             self._send(routing_id, AdapterReply(request_id=command.request_id, error=error))
             return
+        self._retire(old)  # told first, or a gateway would start the same again
         if command.force:
             self._fail(old.generation)
         deadline = time.monotonic() + command.timeout_ms / 1000
         self.unloading[old.generation] = (routing_id, command.request_id, deadline)
-        self._retire(old)
 
     def _add(self, name: str, source: str, pinned: bool) -> AdapterInfo:
         self.last_generation += 1
@@ -423,7 +437,9 @@ class EchoWorker:
     def _fail(self, generation: int) -> None:
         error = Error(ErrorCode.ADAPTER_GONE, "The adapter was unloaded.", "model")
         for routing_id, peer in list(self.peers.items()):
-            for request_id in [r for r, running in peer.running.items() if running.command.generation == generation]:
+            for request_id in [
+                r for r, running in peer.running.items() if generation in generations_of(running.command)
+            ]:
                 offset = peer.running.pop(request_id).num_sent
                 output = Output(request_id=request_id, offset=offset, token_ids=[], error=error)
                 self._send(routing_id, Outputs(outputs=[output]))

@@ -26,6 +26,8 @@ class Adapter:
     num_running: int = 0  # those of them whose steps need it on the device
     chunk_ids: tuple[int, ...] = ()  # its pages of the arena; empty: not on the device
     arriving: bool = False  # its copy to chunk_ids is not done
+    is_sum: bool = True  # so that it may be weighted and added to others: see adapter_weights.Parts
+    reserved: bool = False  # a waiting mix has it on the device already and waits for others
     used_at: int = 0  # the arena's tick at which it came to the device or a sequence last ran with it
     in_host: bool = False
     num_requests: int = 0  # sequences ever bound to it
@@ -37,7 +39,8 @@ class Adapter:
     @property
     def idle(self) -> bool:
         """Whether its chunks may go to another adapter, or to KV."""
-        return bool(self.chunk_ids) and not self.num_running and not self.pinned and not self.arriving
+        is_needed = self.num_running or self.pinned or self.arriving or self.reserved
+        return bool(self.chunk_ids) and not is_needed
 
     def info(self) -> AdapterInfo:
         """As gateways see it."""

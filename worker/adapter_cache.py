@@ -68,6 +68,10 @@ class AdapterCache:
         found = [a for a in self._adapters.values() if a.name == name and a.unloaded]
         return found[-1] if found else None
 
+    def names_of(self, generations: set[int]) -> list[str]:
+        """The names of some generations, base left out."""
+        return sorted({self._adapters[generation].name for generation in generations if generation in self._adapters})
+
     def memory(self, chunk_bytes: int) -> AdapterMemory:
         """What all of them take. For any thread: it reads copies."""
         adapters = self.adapters()
@@ -110,6 +114,21 @@ class AdapterCache:
             return _limit(f"at most {MAX_ADAPTERS} adapters can be loaded", "lora_name")
         return None
 
+    def check_mix(self, adapters: list[Adapter], max_chunks: int) -> Error | None:
+        """Why these cannot be on the device, or in one segment of at most max_chunks chunks, all at once; or None."""
+        if len(adapters) > self._max_per_batch:
+            most = f"--max-loras-per-batch, {self._max_per_batch}"
+            return _limit(f"a mix of {len(adapters)} adapters is more than {most}", "lora_path")
+        num_chunks = sum(adapter.num_chunks for adapter in adapters)
+        num_pinned = sum(a.num_chunks for a in self._adapters.values() if a.pinned and a not in adapters)
+        if len(adapters) > 1 and num_chunks > min(max_chunks, self.max_chunks - num_pinned):
+            return _limit(
+                f"the mix takes {num_chunks} chunks of rank 16; it may take {max_chunks}, as one adapter, and"
+                f" {self.max_chunks - num_pinned} are not taken by pinned adapters",
+                "lora_path",
+            )
+        return None
+
     def publish(
         self,
         name: str,
@@ -123,6 +142,7 @@ class AdapterCache:
         num_chunks: int,
         pinned: bool,
         created: int,
+        is_sum: bool = True,
     ) -> tuple[Adapter, Adapter | None]:
         """Binds a name to new content: the new generation, and the one that the name has left. `check` comes first."""
         self._last_generation += 1
@@ -138,6 +158,7 @@ class AdapterCache:
             num_chunks=num_chunks,
             pinned=pinned,
             created=created,
+            is_sum=is_sum,
         )
         old = self.named(name)
         self._adapters[adapter.generation] = adapter
@@ -236,6 +257,11 @@ class AdapterCache:
         adapter.pinned = is_pinned
         self._note_idle(adapter)
 
+    def set_reserved(self, adapter: Adapter, is_reserved: bool) -> None:
+        """A reserved adapter does not leave the device."""
+        adapter.reserved = is_reserved
+        self._note_idle(adapter)
+
     def hold(self, adapter: Adapter) -> None:
         """One more running sequence needs the adapter where it is."""
         assert adapter.chunk_ids
@@ -258,7 +284,7 @@ class AdapterCache:
             self._arena.free_page(page_id, adapter.used_at)
         self._num_chunks -= len(adapter.chunk_ids)
         adapter.chunk_ids = ()
-        adapter.arriving = False
+        adapter.arriving = adapter.reserved = False
         self._device.pop(adapter.generation, None)
         self._note_idle(adapter)
 

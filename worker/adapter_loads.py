@@ -15,6 +15,7 @@ from worker.mailbox import Owner
 log = logging.getLogger(__name__)
 
 BROKEN = Error(ErrorCode.INTERNAL, "the adapter could not be loaded because of an internal error")
+GONE = Error(ErrorCode.ADAPTER_GONE, "the adapter was unloaded", "model")
 MAX_LOADS = 256  # at work or waiting for a loader thread
 MAX_FAILURES = 256  # remembered; the oldest is forgotten first
 
@@ -30,7 +31,7 @@ class Waiter:
 
 @dataclass(slots=True, frozen=True)
 class Failure:
-    """Sequences of a generation that must end with an error; the engine carries it out."""
+    """Sequences of a generation or a mix that must end with an error; the engine carries it out."""
 
     generation: int
     error: Error

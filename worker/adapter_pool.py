@@ -35,6 +35,25 @@ class ResidentAdapter:
         return self.all_chunk_ids[self.parts.num_chunks - self.parts.num_edges :]
 
 
+@dataclass(frozen=True, slots=True)
+class ResidentMix:
+    """A weighted sum of adapters in the pool."""
+
+    members: tuple[tuple[ResidentAdapter, float], ...]
+
+    @property
+    def chunk_ids(self) -> tuple[int, ...]:
+        """Of all of them, which are sums alone."""
+        return tuple(chunk_id for adapter, _ in self.members for chunk_id in adapter.chunk_ids)
+
+    all_chunk_ids = chunk_ids
+
+    @property
+    def scales(self) -> Tensor:
+        """Of each chunk, weighted: float32 [num_chunks, num_layers, len(MODULES)]."""
+        return torch.stack([adapter.scales * weight for adapter, weight in self.members for _ in adapter.chunk_ids])
+
+
 class AdapterPool:
     """Chunks on the device, by adapter generation. Which chunks are free is the adapter cache's business."""
 
@@ -62,6 +81,7 @@ class AdapterPool:
         self._arriving: dict[int, torch.cuda.Event] = {}  # by generation: recorded behind its copy
         self._residents: dict[int, ResidentAdapter] = {}
         self._owners: dict[int, int] = {}  # chunk id → generation
+        self.mixes: dict[int, tuple[tuple[int, float], ...]] = {}  # by number, below 0: generations and weights
         self.rare: set[int] = set()  # generations in the pool that are more than a sum in the layers: Parts.is_sum
 
     def upload(
@@ -116,4 +136,10 @@ class AdapterPool:
 
     def resident(self, generation: int) -> ResidentAdapter:
         """The place of an uploaded adapter. KeyError if it is not in the pool: never the base model in silence."""
+        return self._residents[generation]
+
+    def resident_or_mix(self, generation: int) -> ResidentAdapter | ResidentMix:
+        """The same, of a mix too, by its number."""
+        if generation in self.mixes:
+            return ResidentMix(tuple((self._residents[member], w) for member, w in self.mixes[generation]))
         return self._residents[generation]

@@ -11,17 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from protocol.errors import Error, ErrorCode
-from protocol.messages import (
-    AdapterChanged,
-    AdapterReply,
-    AdapterState,
-    LoadAdapter,
-    UnloadAdapter,
-)
+from protocol.messages import BASE_GENERATION, AdapterChanged, AdapterReply, AdapterState, LoadAdapter, UnloadAdapter
 from worker.adapter import Adapter
 from worker.adapter_cache import AdapterCache
 from worker.adapter_listing import AdapterListing
-from worker.adapter_loads import BROKEN, MAX_LOADS, Failure, Load, Loads, Waiter, as_error, conflict, not_loaded
+from worker.adapter_loads import BROKEN, GONE, MAX_LOADS, Failure, Load, Loads, Waiter, as_error, conflict, not_loaded
+from worker.adapter_mixes import AdapterMixes
 from worker.adapter_uploads import AdapterUploads
 from worker.background import Background, log_failure
 from worker.mailbox import Outbox, Owner
@@ -33,8 +28,6 @@ if TYPE_CHECKING:
     from worker.adapter_weights import PackedAdapter
 
 log = logging.getLogger(__name__)
-
-GONE = Error(ErrorCode.ADAPTER_GONE, "the adapter was unloaded", "model")
 
 
 class AdapterService:
@@ -53,6 +46,7 @@ class AdapterService:
         enabled: bool = True,
         resolves: bool = False,
         chunk_bytes: int = 0,
+        max_mix_chunks: int = 1 << 30,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """reloads has threads of its own, so that a slow download under `loads` delays no request.
@@ -77,6 +71,7 @@ class AdapterService:
         self._reloading: set[int] = set()
         self._unloads: dict[int, list[Waiter]] = {}  # by generation
         self._failures: list[Failure] = []
+        self.mixes = AdapterMixes(self, pool, self._failures, max_mix_chunks)
 
     @property
     def num_uploads(self) -> int:
@@ -94,7 +89,10 @@ class AdapterService:
         return adapter
 
     def unbind(self, generation: int) -> None:
-        """Undoes one bind."""
+        """Undoes one bind, of a generation or a mix."""
+        if generation < BASE_GENERATION:
+            self.mixes.unbind(generation)
+            return
         adapter = self.cache.get(generation)
         assert adapter is not None
         if self.cache.let_go(adapter):
@@ -102,23 +100,28 @@ class AdapterService:
 
     def acquire(self, generation: int) -> Admission:
         """For the scheduler: see AdapterResidency."""
+        if generation < BASE_GENERATION:
+            return self.mixes.acquire(generation)
         adapter = self.cache.get(generation)
         assert adapter is not None
+        admission = self.bring(adapter)
+        if admission is Admission.GRANTED:
+            self.cache.hold(adapter)
+            self.cache.touch(adapter)
+        return admission
+
+    def bring(self, adapter: Adapter) -> Admission:
+        """Has an adapter come to the device, if there is room; GRANTED if it is there."""
         if not adapter.chunk_ids:
             if not self.cache.has_room(adapter):
                 return Admission.FULL
             adapter.missed = True
-            packed = self._host.get(generation)
+            packed = self._host.get(adapter.generation)
             if packed is None:
                 self._reload(adapter)
+            if packed is None or not self._upload(adapter, packed):
                 return Admission.LOADING
-            if not self._upload(adapter, packed):
-                return Admission.LOADING
-        if self._uploads.is_arriving(adapter):
-            return Admission.LOADING
-        self.cache.hold(adapter)
-        self.cache.touch(adapter)
-        return Admission.GRANTED
+        return Admission.LOADING if self._uploads.is_arriving(adapter) else Admission.GRANTED
 
     def prefetch(self, generation: int, may_copy: bool) -> bool:
         """For the scheduler: see AdapterResidency."""
@@ -134,6 +137,9 @@ class AdapterService:
 
     def release(self, generation: int) -> None:
         """For the scheduler: see AdapterResidency."""
+        if generation < BASE_GENERATION:
+            self.mixes.release(generation)
+            return
         adapter = self.cache.get(generation)
         assert adapter is not None
         self.cache.unhold(adapter)
@@ -145,14 +151,10 @@ class AdapterService:
             return 0
         return adapter.num_chunks if adapter.idle or not adapter.chunk_ids else 0
 
-    def names_of(self, generations: set[int]) -> list[str]:
-        """The names of some generations, base left out."""
-        adapters = (self.cache.get(generation) for generation in generations)
-        return sorted({adapter.name for adapter in adapters if adapter is not None})
-
     def take_failures(self) -> list[Failure]:
         """Sequences to fail, said once."""
-        failures, self._failures = self._failures, []
+        failures = list(self._failures)
+        self._failures.clear()
         return failures
 
     def _upload(self, adapter: Adapter, packed: "PackedAdapter") -> bool:
@@ -242,6 +244,7 @@ class AdapterService:
             num_bytes=packed.num_bytes,
             stored_bytes=packed.stored_bytes,
             num_chunks=num_chunks,
+            is_sum=packed.parts.is_sum,
             pinned=pinned,
             created=int(time.time()),
         )
@@ -346,6 +349,7 @@ class AdapterService:
     def expire(self) -> None:
         """Takes note of copies that are done, and answers unloads that have waited long enough; their streams go on."""
         self._uploads.note_arrivals()
+        self.mixes.unreserve()
         now = self._clock()
         for generation, waiters in list(self._unloads.items()):
             due = [waiter for waiter in waiters if waiter.deadline_s <= now]

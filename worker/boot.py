@@ -232,6 +232,7 @@ def _make_adapters(
         enabled=config.lora_enabled,
         resolves=config.adapter_resolver is not None,
         chunk_bytes=base.config.chunk_layout().chunk_size * base.target.dtype.itemsize,
+        max_mix_chunks=_max_chunks(config, base),
     )
 
 
@@ -332,7 +333,7 @@ def _make_runner(config: WorkerConfig, base: Base, memory: DeviceMemory, start_u
 
 
 def _max_chunks(config: WorkerConfig, base: Base) -> int:
-    """Of one adapter. The kernels' buffers are laid out for it, so a large pool alone does not raise it."""
+    """Of one adapter or mix. The kernels' buffers are laid out for it, so a large pool alone does not raise it."""
     most = max(1, base.plan.max_chunks)
     if config.max_lora_rank is not None:
         return min(most, ChunkLayout.num_chunks(config.max_lora_rank))

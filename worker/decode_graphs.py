@@ -62,6 +62,7 @@ class Bucket:
         )
         self.steps = [Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, None)]
         self.work: WorkList | None = None
+        self._pool = pool
         # Of Rescaled; behind the rows that adapters with magnitudes have, -1.
         self.magnitudes = torch.full((num_rows, 2), -1, dtype=torch.int64, device=device)
         if pool is not None:
@@ -78,9 +79,9 @@ class Bucket:
 
     def set_adapters(self, adapted: list[Adapted], rescaled: Rescaled | None) -> None:
         """Brings the work list up to date; a batch that goes on decoding has the same one."""
-        assert self.work is not None
+        assert self.work is not None and self._pool is not None
         if adapted != self.adapted:
-            self.work.update(self.num_rows, work_of(adapted))
+            self.work.update(self.num_rows, work_of(adapted, self._pool))
             self.adapted = adapted
         if rescaled is not None:
             self.magnitudes.fill_(-1)

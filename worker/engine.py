@@ -180,8 +180,16 @@ class Engine:
     def _start_checked(self, owner: Owner, command: Generate, matcher: Matcher | None = None) -> None:
         # The base model's namespace starts with a byte that no digest holds: a salt cannot pass for an adapter.
         request_id, namespace, client = command.request_id, b"\0" + command.cache_salt.encode(), BASE_CLIENT
-        if command.generation != BASE_GENERATION:
-            adapter = self._adapters.bind(command.generation)
+        generation, mixed = command.generation, tuple[int, ...]()
+        if command.mix:
+            mix = self._adapters.mixes.bind(command.mix)
+            if isinstance(mix, Error):
+                self._refuse(owner, request_id, mix)
+                return
+            generation, mixed, client = mix.number, mix.generations, mix.client
+            namespace = mix.namespace + namespace
+        elif generation != BASE_GENERATION:
+            adapter = self._adapters.bind(generation)
             if isinstance(adapter, Error):
                 self._refuse(owner, request_id, adapter)
                 return
@@ -194,7 +202,8 @@ class Engine:
             num_prompt_tokens=len(command.prompt_token_ids),
             sampling=command.sampling,
             seed=secrets.randbits(63) if seed is None else seed,
-            generation=command.generation,
+            generation=generation,
+            mixed=mixed,
             client=client,
             namespace=namespace,
             owner=(owner, request_id),
@@ -203,8 +212,8 @@ class Engine:
         )
         error = self._scheduler.add(sequence)
         if error is not None:
-            if command.generation != BASE_GENERATION:
-                self._adapters.unbind(command.generation)
+            if generation != BASE_GENERATION:
+                self._adapters.unbind(generation)
             self._refuse(owner, request_id, error)
             return
         self._sequences.setdefault(owner, {})[request_id] = sequence
@@ -307,7 +316,7 @@ class Engine:
 
     def _hit_by(self, failure: Failure) -> list[Sequence]:
         candidates = [*self._scheduler.waiting, *([] if failure.waiting_only else self._scheduler.running)]
-        return [sequence for sequence in candidates if sequence.generation == failure.generation]
+        return [s for s in candidates if failure.generation in (s.generation, *s.mixed)]
 
     def _fail_all(self, error: Error) -> None:
         for of_owner in list(self._sequences.values()):
@@ -344,8 +353,8 @@ class Engine:
             prefix_cache_hits_total=scheduler.num_prefix_hits,
             adapter_loads_total=adapters.num_loads,
             adapter_uploads_total=adapters.num_uploads,
-            running_adapters=adapters.names_of(scheduler.running_generations()),
-            waiting_adapters=adapters.names_of(scheduler.waiting.generations()),
+            running_adapters=adapters.cache.names_of(scheduler.running_generations()),
+            waiting_adapters=adapters.cache.names_of(scheduler.waiting.generations()),
             max_loras_per_batch=self._max_loras_per_batch,
         )
 

@@ -1,5 +1,6 @@
 """Model input: a scheduled batch of sequences as the flat tensors of one step."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from kernels import AttentionPlan, DecodeGroup, Edges, PrefillSpan, Segments, kv_rows
 from protocol.messages import BASE_GENERATION
-from worker.adapter_pool import AdapterPool, ResidentAdapter
+from worker.adapter_pool import AdapterPool, ResidentAdapter, ResidentMix
 from worker.kv_cache import KVCache
 from worker.last_tokens import LastTokens
 from worker.layers.step import Lora, Step
@@ -151,7 +152,7 @@ class LoraPlanner:
         if not generations:
             return None, None
         assert self._pool is not None, "an adapter's sequence came to a worker without adapters"
-        residents = {generation: self._pool.resident(generation) for generation in generations}
+        residents = {generation: self._pool.resident_or_mix(generation) for generation in generations}
         key = (shape, [resident.all_chunk_ids for resident in residents.values()])
         if self._key != key:
             rows = _rows_by_generation(shape)
@@ -159,7 +160,7 @@ class LoraPlanner:
             self._key = key
         return self._planned
 
-    def _lora(self, residents: dict[int, ResidentAdapter], rows: dict[int, list[int]]) -> Lora | None:
+    def _lora(self, residents: Mapping[int, ResidentAdapter | ResidentMix], rows: dict[int, list[int]]) -> Lora | None:
         assert self._pool is not None
         layered = {generation: resident for generation, resident in residents.items() if resident.chunk_ids}
         if not layered:

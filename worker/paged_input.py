@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import AdapterRows, PagedPlan, WorkList
+from kernels import AdapterRows, Member, PagedPlan, WorkList
 from kernels.gpu import launch
 from kernels.paged_plan import tiles_of
 from protocol.messages import BASE_GENERATION
@@ -72,12 +72,23 @@ def adapted_rows(rows: StepRows, pool: AdapterPool | None) -> list[Adapted]:
         if generation != BASE_GENERATION:
             by_generation.setdefault(generation, []).extend(range(row, row + scheduled.num_tokens))
     assert pool is not None or not by_generation, "an adapter's sequence came to a worker without adapters"
-    return [(g, pool.resident(g).chunk_ids, of_generation) for g, of_generation in by_generation.items() if pool]
+    return [(g, pool.resident_or_mix(g).chunk_ids, of_generation) for g, of_generation in by_generation.items() if pool]
 
 
-def work_of(adapted: list[Adapted]) -> list[AdapterRows]:
+def work_of(adapted: list[Adapted], pool: AdapterPool) -> list[AdapterRows]:
     """For WorkList.update. An adapter's slot is its first chunk."""
-    return [AdapterRows(rows, chunk_ids[0], chunk_ids) for _, chunk_ids, rows in adapted]
+    return [
+        AdapterRows(rows, chunk_ids[0], chunk_ids, _members(generation, pool))
+        for generation, chunk_ids, rows in adapted
+    ]
+
+
+def _members(generation: int, pool: AdapterPool) -> list[Member]:
+    """Of a mix; an adapter alone has none."""
+    if generation >= BASE_GENERATION:
+        return []
+    weighted = [(pool.resident(member).chunk_ids, weight) for member, weight in pool.mixes[generation]]
+    return [Member(chunk_ids[0], len(chunk_ids), weight) for chunk_ids, weight in weighted]
 
 
 def work_list(adapted: list[Adapted], num_rows: int, pool: AdapterPool, max_chunks: int) -> WorkList:
@@ -85,7 +96,7 @@ def work_list(adapted: list[Adapted], num_rows: int, pool: AdapterPool, max_chun
     block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows)
     max_segments = -(-num_rows // block_rows) + len(adapted) + 1
     work = WorkList(pool.scales, max_segments, max_chunks, block_rows, long_rows, changes=False)
-    work.update(num_rows, work_of(adapted))
+    work.update(num_rows, work_of(adapted, pool))
     return work
 
 

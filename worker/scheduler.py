@@ -37,10 +37,10 @@ class Admission(Enum):
 
 
 class AdapterResidency(Protocol):
-    """What the scheduler needs of the adapters. The base model never asks."""
+    """What the scheduler needs of the adapters. The base model never asks; a mix asks by its number."""
 
     def acquire(self, generation: int) -> Admission:
-        """Brings the adapter to the device and holds it there for one more running sequence."""
+        """Brings the adapter, or all of a mix, to the device and holds it there for one more running sequence."""
 
     def release(self, generation: int) -> None:
         """Undoes one granted acquire."""

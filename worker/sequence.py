@@ -35,7 +35,7 @@ class Sequence:
     num_prompt_tokens: int
     sampling: SamplingParams
     seed: int  # sampling.seed, or one that the worker drew
-    generation: int = BASE_GENERATION  # the adapter's; bound for the sequence's whole life
+    generation: int = BASE_GENERATION  # the adapter's, or a mix's number: see AdapterMixes; bound for its whole life
     client: str = ""  # whose share its tokens are counted in: see worker.fair_queue
     namespace: bytes = b""  # of its prefix-cache entries: adapter content digest and cache salt
     owner: object = None  # whom the outputs go to; the scheduler and the runner never look inside

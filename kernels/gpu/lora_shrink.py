@@ -38,10 +38,10 @@ def _store_part(total, s, partials, place, mask, split, semaphore, plane_size, n
 
 @triton.jit
 def _shrink_module(
-    x, chunks, s, partials, records, tasks, scales, semaphores, task, module, split, x_stride, chunk_stride, a_offset,
-    scales_stride, scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr,
-    RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr, NUM_SPLITS: tl.constexpr, IS_EARLY: tl.constexpr,
+    x, chunks, s, partials, records, tasks, scales, factors, semaphores, task, module, split, x_stride, chunk_stride,
+    a_offset, scales_stride, scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, NUM_BLOCKS: tl.constexpr, NUM_SPLITS: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """A short segment through one module of a chunk: [RANK, BLOCK_ROWS]. Small and many, for latency."""
     ranks = tl.arange(0, RANK)
@@ -72,12 +72,15 @@ def _shrink_module(
             total = tl.dot(a, values, total, input_precision="tf32x3")
         mask = is_row[None, :] & (ranks[:, None] >= 0)
         semaphore = semaphores + task * NUM_MODULES + module
+        # Behind the products, for registers' sake: loaded before, they are 24 more. Without a mix nothing is read.
+        of_mix = tl.load(tasks + 4 * task + 3)
+        total *= tl.load(factors + of_mix * scales_stride + scale_index + module, mask=of_mix >= 0, other=1.0)
         _store_part(total, s, partials, place, mask, split, semaphore, plane_size, NUM_SPLITS, NUM_SPLITS)
 
 
 @triton.jit
 def _shrink_all_modules(
-    x, chunks, s, partials, records, tasks, scales, semaphores, task, split, num_blocks, num_splits, x_stride,
+    x, chunks, s, partials, records, tasks, scales, factors, semaphores, task, split, num_blocks, num_splits, x_stride,
     chunk_stride, a_offset, scales_stride, scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr,
     MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr, RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PADDED: tl.constexpr, IS_EARLY: tl.constexpr,
@@ -92,6 +95,7 @@ def _shrink_all_modules(
     segment = tl.load(tasks + 4 * task)
     i = tl.load(tasks + 4 * task + 1)
     chunk = tl.load(tasks + 4 * task + 2).to(tl.int64)
+    of_mix = tl.load(tasks + 4 * task + 3)
     record = records + segment * RECORD
     rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
     of_ranks = scales + segment * scales_stride + scale_index + ranks // RANK
@@ -114,12 +118,14 @@ def _shrink_all_modules(
             total = tl.dot(values, a, total, input_precision="tf32x3")
         place = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)[:, None] + i * WIDTH + ranks[None, :]
         mask = is_row[:, None] & is_live[None, :]
+        factor = factors + of_mix * scales_stride + scale_index + ranks // RANK
+        total *= tl.load(factor, mask=ranks < tl.where(of_mix >= 0, WIDTH, 0), other=1.0)[None, :]
         _store_part(total, s, partials, place, mask, split, semaphores + task, plane_size, num_splits, 256 // PADDED)
 
 
 @triton.jit(do_not_specialize=["scale_index", "long_blocks", "long_splits"])
 def _lora_shrink(
-    x, chunks, s, partials, records, tasks, counts, scales, semaphores, long_records, long_tasks, long_counts,
+    x, chunks, s, partials, factors, records, tasks, counts, scales, semaphores, long_records, long_tasks, long_counts,
     long_scales, long_semaphores, long_blocks, long_splits, x_stride, chunk_stride, a_offset, scales_stride,
     scale_index, plane_size, K: tl.constexpr, NUM_MODULES: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr,
     RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, NUM_BLOCKS: tl.constexpr,
@@ -132,15 +138,15 @@ def _lora_shrink(
         num_long = tl.load(long_counts + _NUM_TASKS) * long_splits
         for item in tl.range(tl.program_id(0), num_long, tl.num_programs(0)):
             _shrink_all_modules(
-                x, chunks, s, partials, long_records, long_tasks, long_scales, long_semaphores, item // long_splits,
-                item % long_splits, long_blocks, long_splits, x_stride, chunk_stride, a_offset, scales_stride,
-                scale_index, plane_size, K, NUM_MODULES, MAX_CHUNKS, RANK, LONG_RECORD, LONG_ROWS, LONG_K, EVEN, PADDED,
-                IS_EARLY,
+                x, chunks, s, partials, long_records, long_tasks, long_scales, factors, long_semaphores,
+                item // long_splits, item % long_splits, long_blocks, long_splits, x_stride, chunk_stride, a_offset,
+                scales_stride, scale_index, plane_size, K, NUM_MODULES, MAX_CHUNKS, RANK, LONG_RECORD, LONG_ROWS,
+                LONG_K, EVEN, PADDED, IS_EARLY,
             )  # fmt: skip
     num_short = tl.load(counts + _NUM_TASKS) * NUM_MODULES * NUM_SPLITS
     for item in tl.range(first_behind(num_long), num_short, tl.num_programs(0)):
         _shrink_module(
-            x, chunks, s, partials, records, tasks, scales, semaphores, item // (NUM_SPLITS * NUM_MODULES),
+            x, chunks, s, partials, records, tasks, scales, factors, semaphores, item // (NUM_SPLITS * NUM_MODULES),
             item // NUM_SPLITS % NUM_MODULES, item % NUM_SPLITS, x_stride, chunk_stride, a_offset, scales_stride,
             scale_index, plane_size, K, NUM_MODULES, MAX_CHUNKS, RANK, RECORD, BLOCK_ROWS, BLOCK_K, NUM_BLOCKS,
             NUM_SPLITS, IS_EARLY,
@@ -149,7 +155,7 @@ def _lora_shrink(
 
 
 def lora_shrink(x: Tensor, chunks: Tensor, site: LoraSite, work: WorkList) -> Tensor:
-    """Semantics: kernels.reference_lora.lora_shrink, in float32.
+    """Semantics: kernels.reference_lora.lora_shrink, in float32; of a mix of adapters, times each chunk's scale.
 
     x [num_tokens, in_features] -> s float32 [num_tokens, max_chunks, num_modules · chunk_rank], of which the rows that
     have an adapter are written, in the work list's order. Deterministic: no order of execution changes a bit.
@@ -202,7 +208,7 @@ def _plan(
         PADDED=launch.padded(num_modules * chunk_rank),
     )  # fmt: skip
     tables = (
-        short.records, short.tasks, short.counts, short.scales, short.semaphores,
+        work.factors, short.records, short.tasks, short.counts, short.scales, short.semaphores,
         long.records, long.tasks, long.counts, long.scales, long.semaphores,
     )  # fmt: skip
     grid = launch.work_grid(work, device, num_items, 6)

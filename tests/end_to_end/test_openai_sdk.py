@@ -11,9 +11,13 @@ def client(demo_server: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=demo_server + "/v1", api_key="none", max_retries=0)
 
 
-def ask(client: openai.OpenAI, model: str) -> str:
+def ask(client: openai.OpenAI, model: str, **extra: object) -> str:
     reply = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=48
+        model=model,
+        messages=[{"role": "user", "content": QUESTION}],
+        temperature=0,
+        max_tokens=48,
+        extra_body=extra,
     )
     assert reply.model == model
     return reply.choices[0].message.content or ""
@@ -32,6 +36,23 @@ def test_every_name_answers_with_its_own_content(client: openai.OpenAI) -> None:
     answers = {model: ask(client, model) for model in (base, "lora0", "lora1", "lora2")}
     assert len(set(answers.values())) == 4, answers
     assert ask(client, f"{base}:lora0") == answers["lora0"]
+
+
+def test_adapters_are_mixed_and_scaled_through_extra_body(client: openai.OpenAI) -> None:
+    """As the README shows: half pirate and half telegram; each alone, with nothing of the other; and the base."""
+    base = client.models.list().data[0].id
+
+    def mix(**weights: float) -> str:
+        return ask(client, base, lora_path=[{"name": name, "weight": weight} for name, weight in weights.items()])
+
+    both = mix(lora0=0.6, lora2=0.6)
+    assert both.startswith("Arrr") and both.endswith("STOP")
+    assert both == mix(lora2=0.6, lora0=0.6)
+    assert mix(lora0=1, lora2=0) == mix(lora0=1) == ask(client, "lora0", lora_scale=1) == ask(client, "lora0")
+    assert mix(lora0=0) == ask(client, "lora0", lora_scale=0) == ask(client, base)
+    with pytest.raises(openai.NotFoundError) as caught:
+        mix(lora0=0.5, lora9=0.5)
+    assert caught.value.param == "lora_path[1].name"
 
 
 def test_stream_is_the_answer_in_pieces(client: openai.OpenAI) -> None:

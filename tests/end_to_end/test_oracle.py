@@ -42,11 +42,14 @@ def logprobs_of(model: Any, adapter: str | None, token_ids: list[int]) -> torch.
     return torch.log_softmax(logits.float(), dim=-1)
 
 
-def complete(url: str, prompt_ids: list[int], adapter: str | None) -> dict[str, Any]:
+def complete(
+    url: str, prompt_ids: list[int], adapter: str | list[dict[str, Any]] | None, scale: float | None = None
+) -> dict[str, Any]:
     body = {
         "input_ids": prompt_ids,
         "sampling_params": {"max_new_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True},
         "lora_path": adapter,
+        "lora_scale": scale,
     }
     response = httpx.post(url + "/generate", json=body, timeout=120)
     assert response.status_code == 200, response.text
@@ -84,3 +87,18 @@ def test_logprobs_are_within_a_thousandth_of_the_oracle(oracle: tuple[Any, Any],
             best = sorted(served["top_logprobs"][place].values(), reverse=True)[:5]
             wanted = expected[place].topk(5).values.tolist()
             assert max(abs(a - b) for a, b in zip(best, wanted, strict=True)) < 1e-3
+
+
+@pytest.mark.parametrize("weights", [{"lora0": 0.6, "lora2": 0.6}, {"lora0": 0.5, "lora1": 0.75, "lora2": -0.25}])
+def test_a_mix_is_what_peft_merges(oracle: tuple[Any, Any], demo_server: str, weights: dict[str, float]) -> None:
+    """Whole, and all of it scaled."""
+    tokenizer, model = oracle
+    prompt_ids = tokenizer.encode(QUESTION)
+    mix = [{"name": name, "weight": weight} for name, weight in weights.items()]
+    for scale in (1.0, 0.5):
+        model.add_weighted_adapter(list(weights), [scale * w for w in weights.values()], "mix", combination_type="cat")
+        answer = complete(demo_server, prompt_ids, mix, scale)["output_ids"]
+        expected = logprobs_of(model, "mix", prompt_ids + answer)[len(prompt_ids) - 1 : -1]
+        model.set_adapter("lora0")
+        model.delete_adapter("mix")
+        assert answer == expected.argmax(dim=-1).tolist()

@@ -60,10 +60,10 @@ def test_tokens_are_spent_as_they_come_and_what_is_owed_is_waited_for() -> None:
     clock = Clock()
     quotas = Quotas(0, 0, 600, clock)
     quotas.enter(["a"])
-    quotas.spend("a", 599)
+    quotas.spend(["a"], 599)
     quotas.enter(["a", "b"])  # there is something left
-    quotas.spend("a", 101)
-    quotas.spend(None, 1000)  # the base model has no limit
+    quotas.spend(["a"], 101)
+    quotas.spend([], 1000)  # the base model has no limit
     with pytest.raises(ApiError) as refused:
         quotas.enter(["b", "a"])
     assert refused.value.status == 429 and refused.value.headers() == {"retry-after": "11"}
@@ -75,7 +75,7 @@ def test_tokens_are_spent_as_they_come_and_what_is_owed_is_waited_for() -> None:
     quotas.enter(["a"])
     clock.now = 1000.0  # what is not used in a minute is lost
     quotas.enter(["a"])
-    quotas.spend("a", 600)
+    quotas.spend(["a"], 600)
     with pytest.raises(ApiError):
         quotas.enter(["a"])
 
@@ -84,7 +84,7 @@ def test_whoever_owes_tokens_is_remembered() -> None:
     clock = Clock()
     quotas = Quotas(0, 0, 600, clock)
     quotas.enter(["owes"])
-    quotas.spend("owes", 3000)
+    quotas.spend(["owes"], 3000)
     quotas.leave(["owes"])
     for number in range(MAX_IDLE + 1):
         quotas.enter([str(number)])

@@ -27,6 +27,7 @@ from protocol.messages import (
     Hello,
     ListAdapters,
     LoadAdapter,
+    MixMember,
     ModelCard,
     Output,
     Outputs,
@@ -138,6 +139,17 @@ MESSAGES = {
     "generate_plain": CommandEnvelope(
         EPOCH, 1, 2, Generate(request_id=2, prompt_token_ids=[1], sampling=SamplingParams(max_tokens=1))
     ),
+    "generate_mix": CommandEnvelope(
+        EPOCH,
+        1,
+        10,
+        Generate(
+            request_id=7,
+            prompt_token_ids=[1],
+            sampling=SamplingParams(max_tokens=1),
+            mix=[MixMember(1, 0.5), MixMember(300, -2.0)],
+        ),
+    ),
     "abort": CommandEnvelope(EPOCH, 1, 3, Abort(request_id=2)),
     "load_adapter": CommandEnvelope(
         EPOCH,
@@ -233,9 +245,15 @@ HEX = {
         "656e65726174696f6e01aa63616368655f73616c74a473616c74a57472616365a57265715f31"
     ),
     "generate_plain": (
-        "84a565706f6368c410000102030405060708090a0b0c0d0e0fa773657373696f6e01a373657102a4626f647987a474797065"
-        "a867656e6572617465aa726571756573745f696402b070726f6d70745f746f6b656e5f6964739101a873616d706c696e67de"
-        "0001aa6d61785f746f6b656e7301aa67656e65726174696f6e00aa63616368655f73616c74a0a57472616365a0"
+        "84a565706f6368c410000102030405060708090a0b0c0d0e0fa773657373696f6e01a373657102a4626f647984a474797065a867"
+        "656e6572617465aa726571756573745f696402b070726f6d70745f746f6b656e5f6964739101a873616d706c696e67de0001aa6d"
+        "61785f746f6b656e7301"
+    ),
+    "generate_mix": (
+        "84a565706f6368c410000102030405060708090a0b0c0d0e0fa773657373696f6e01a37365710aa4626f647985a474797065a867"
+        "656e6572617465aa726571756573745f696407b070726f6d70745f746f6b656e5f6964739101a873616d706c696e67de0001aa6d"
+        "61785f746f6b656e7301a36d69789282aa67656e65726174696f6e01a6776569676874cb3fe000000000000082aa67656e657261"
+        "74696f6ecd012ca6776569676874cbc000000000000000"
     ),
     "abort": (
         "84a565706f6368c410000102030405060708090a0b0c0d0e0fa773657373696f6e01a373657103a4626f647982a474797065"

@@ -41,6 +41,13 @@ def next_token(token_ids: list[int], content: str, eos_odds: int = 0) -> int:
     return 2 + int.from_bytes(digest[:4]) % (MODEL.vocab_size - 2)
 
 
+def mixed(contents: list[tuple[str, float]]) -> str:
+    """The content of a mix; one of weight 1 alone is itself."""
+    if len(contents) == 1 and contents[0][1] == 1.0:
+        return contents[0][0]
+    return "+".join(f"{content}*{weight}" for content, weight in sorted(contents))
+
+
 def answer(prompt: list[int], num_tokens: int, content: str = "", eos_odds: int = 0) -> list[int]:
     """The whole answer that any history must lead to."""
     token_ids = list(prompt)
@@ -58,6 +65,11 @@ class FakePacked:
     modules: tuple[str, ...] = ("q_proj",)
     num_bytes: int = 64
     stored_bytes: int = 32
+    is_sum: bool = True
+
+    @property
+    def parts(self) -> "FakePacked":
+        return self
 
     @property
     def chunks(self) -> range:
@@ -66,7 +78,8 @@ class FakePacked:
 
 @dataclass
 class FakeLoader:
-    """Sources are `content[:rank]`, or `bad`; a lock in `gates` holds the load of that source back."""
+    """Sources are `content[:rank]`, or `bad`; a lock in `gates` holds the load of that source back. One whose content
+    begins with dora is no sum."""
 
     gates: dict[str, threading.Event] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
@@ -86,7 +99,7 @@ class FakeLoader:
         content, _, rank = source.partition(":")
         self.ranks[content] = int(rank or 16)
         self.held[content] += 1
-        return FakePacked(content, self.ranks[content])
+        return FakePacked(content, self.ranks[content], is_sum=not content.startswith("dora"))
 
     def load_named(self, name: str, cancelled: threading.Event) -> FakePacked:
         if name.startswith("no-"):
@@ -112,6 +125,7 @@ class FakePool:
         self.contents: dict[int, str] = {}
         self.chunks: dict[int, int] = {}
         self.memory: dict[int, str] = {}  # what the device has in each chunk
+        self.mixes: dict[int, tuple[tuple[int, float], ...]] = {}
         self.broken = False
         self.slow = False  # copies do not arrive
         self.wait_for_steps: Callable[[], None] = lambda: None
@@ -144,6 +158,11 @@ class FakePool:
         assert generation in self.contents, "an adapter that is not there"
         return [chunk for chunk, owner in self.chunks.items() if owner == generation]
 
+    def parts(self, generation: int) -> list[tuple[list[int], float]]:
+        """Chunks and weights of a resident adapter or mix; none: the base model."""
+        members = self.mixes.get(generation) or ([(generation, 1.0)] if generation else [])
+        return [(self.chunk_ids(member), weight) for member, weight in members]
+
 
 @dataclass
 class FakeShare:
@@ -154,7 +173,7 @@ class FakeShare:
     end: int
     known: list[int]  # its tokens; one may be missing
     block_table: list[int]
-    chunk_ids: list[int]
+    parts: list[tuple[list[int], float]]  # chunks and weights
     samples: bool
 
 
@@ -181,7 +200,7 @@ class FakeStep:
             scheduled.end,
             known,
             list(sequence.block_table),
-            self.runner.pool.chunk_ids(sequence.generation) if sequence.generation else [],
+            self.runner.pool.parts(sequence.generation),
             scheduled.samples,
         )
 
@@ -245,9 +264,12 @@ class FakeRunner:
         step = self.launched.popleft()
         chosen = {}
         for share in step.shares:
-            contents = {self.pool.memory[chunk] for chunk in share.chunk_ids} or {""}
-            assert len(contents) == 1, "chunks of another adapter"
-            content = contents.pop()
+            contents = []
+            for chunk_ids, weight in share.parts:
+                held_there = {self.pool.memory[chunk] for chunk in chunk_ids}
+                assert len(held_there) == 1, "chunks of another adapter"
+                contents.append((held_there.pop(), weight))
+            content = mixed(contents)
             is_whole = len(share.known) == share.end - share.start
             tokens = share.known if is_whole else [*share.known, self.last[share.sequence_id]]
             for position, token in zip(range(share.start, share.end), tokens, strict=True):
