@@ -14,10 +14,8 @@ from kernels.gpu.lora_tile import (
     b_start,
     b_tile,
     first_behind,
-    live_ranks,
     long_delta,
-    num_chunks,
-    s_rows,
+    read_segment,
     s_tile,
     scaled_s,
 )
@@ -35,12 +33,9 @@ def _expand_tile(
 ):  # fmt: skip
     """A tile of columns of a short segment: all loads at once, for latency."""
     record = records + segment * RECORD
-    scale = tl.load(scales + segment * scales_stride + scale_index)
-    rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
-    n = num_chunks(record, BLOCK_ROWS)
-    rows_of_s = s_rows(record, MAX_CHUNKS, RANK, BLOCK_ROWS)
+    scale_at = scales + segment * scales_stride + scale_index
+    rows, rows_of_s, n, scale, live = read_segment(record, scale_at, MAX_CHUNKS, RANK, RANK, BLOCK_ROWS)
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = live_ranks(scale, n, RANK)
     is_row, is_column = rows >= 0, columns < tl.where(live > 0, N, 0)
     y_tile = y + rows.to(tl.int64)[None, :] * y_stride + columns[:, None]
     mask = is_row[None, :] & is_column[:, None]
@@ -63,11 +58,8 @@ def _long_tiles(
 ):  # fmt: skip
     """Some tiles of columns of a long segment, pipelined if it has one chunk: see silu_and_mul."""
     record = records + segment * RECORD
-    scale = tl.load(scales + segment * scales_stride + scale_index)
-    rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
-    n = num_chunks(record, BLOCK_ROWS)
-    rows_of_s = s_rows(record, MAX_CHUNKS, RANK, BLOCK_ROWS)
-    live = live_ranks(scale, n, RANK)
+    scale_at = scales + segment * scales_stride + scale_index
+    rows, rows_of_s, n, scale, live = read_segment(record, scale_at, MAX_CHUNKS, RANK, RANK, BLOCK_ROWS)
     is_row = rows >= 0
     y_rows = y + rows.to(tl.int64)[:, None] * y_stride
     num_columns = tl.where(live > 0, N, 0)

@@ -38,6 +38,17 @@ def s_rows(record, MAX_CHUNKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl
 
 
 @triton.jit
+def read_segment(
+    record, scale_at, MAX_CHUNKS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, BLOCK_ROWS: tl.constexpr
+):
+    """Its rows, -1 behind the last; their places in s; its chunks; the scale at an address, and live_ranks by it."""
+    scale = tl.load(scale_at)
+    rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
+    n = num_chunks(record, BLOCK_ROWS)
+    return rows, s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS), n, scale, live_ranks(scale, n, RANK)
+
+
+@triton.jit
 def s_tile(s, rows, i, module, is_row, live, WIDTH: tl.constexpr, RANK: tl.constexpr):
     """s of one chunk and module, transposed: float32 [RANK, BLOCK_ROWS]. rows from s_rows, live from live_ranks."""
     ranks = tl.arange(0, RANK)

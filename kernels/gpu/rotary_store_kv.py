@@ -14,10 +14,8 @@ from kernels.gpu.lora_tile import (
     add_product,
     b_tile,
     first_behind,
-    live_ranks,
     mask_of,
-    num_chunks,
-    s_rows,
+    read_segment,
     s_tile,
     scaled_s,
 )
@@ -138,12 +136,9 @@ def _short_head(
     columns, record = tl.arange(0, BLOCK_HALF), records + segment * RECORD
     is_column = columns < HALF
     module = tl.where(head >= NUM_HEADS, 1, 0) + tl.where(head >= NUM_HEADS + NUM_KV_HEADS, 1, 0)
-    scale = tl.load(scales + segment * scales_stride + scale_index + module)
-    n = num_chunks(record, BLOCK_ROWS)
-    rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
-    rows_of_s = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)
+    scale_at = scales + segment * scales_stride + scale_index + module
+    rows, rows_of_s, n, scale, live = read_segment(record, scale_at, MAX_CHUNKS, WIDTH, RANK, BLOCK_ROWS)
     is_row = rows >= 0
-    live = live_ranks(scale, n, RANK)
     of_low, of_high = head * HEAD_DIM + columns, head * HEAD_DIM + HALF + columns
     b_low = b_tile(record, 0, chunks, chunk_stride, b_offset, of_low, is_column, live, BLOCK_ROWS, RANK)
     b_high = b_tile(record, 0, chunks, chunk_stride, b_offset, of_high, is_column, live, BLOCK_ROWS, RANK)
@@ -193,12 +188,9 @@ def _long_head(
     columns, record = tl.arange(0, BLOCK_HALF), records + segment * RECORD
     is_column = columns < HALF
     module = tl.where(head >= NUM_HEADS, 1, 0) + tl.where(head >= NUM_HEADS + NUM_KV_HEADS, 1, 0)
-    scale = tl.load(scales + segment * scales_stride + scale_index + module)
-    n = num_chunks(record, BLOCK_ROWS)
-    rows = tl.load(record + tl.arange(0, BLOCK_ROWS))
-    rows_of_s = s_rows(record, MAX_CHUNKS, WIDTH, BLOCK_ROWS)
+    scale_at = scales + segment * scales_stride + scale_index + module
+    rows, rows_of_s, n, scale, live = read_segment(record, scale_at, MAX_CHUNKS, WIDTH, RANK, BLOCK_ROWS)
     is_row = rows >= 0
-    live = live_ranks(scale, n, RANK)
     of_low, of_high = head * HEAD_DIM + columns, head * HEAD_DIM + HALF + columns
     c, sin, slots = _load_places(
         head, rows, is_row, cos, signed_sin, slot_mapping, cos_stride, NUM_HEADS + NUM_KV_HEADS, HALF, BLOCK_HALF, 1
