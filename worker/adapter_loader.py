@@ -15,7 +15,7 @@ from worker.adapter_store import AdapterStore, Incoming
 from worker.adapter_weights import PackedAdapter
 from worker.chunk_layout import ChunkLayout
 from worker.packed_file import read_packed
-from worker.packer_process import PackerProcess
+from worker.packer_process import PackerProcess, PackerProcesses
 
 
 class LayoutSource(Protocol):
@@ -39,11 +39,12 @@ class AdapterLoader:
         resolver: Path | None = None,
         source_timeout_s: float = 600.0,
         model_dir: Path | None = None,
+        num_packers: int = 1,
     ) -> None:
         """roots and hub_allow (patterns of hub ids and URLs) say what a source that is not trusted may name.
 
         pin_memory: see read_packed. resolver: the directory of `load_named`. source_timeout_s: of one download.
-        model_dir: see AdapterPacker.
+        model_dir: see AdapterPacker. num_packers: processes, see work_apart.
         """
         self._layout = model.chunk_layout()
         self._dtype = dtype
@@ -51,23 +52,24 @@ class AdapterLoader:
         self._store = AdapterStore(store_dir)
         self._sources = AdapterSources(roots, hub_allow, Downloads(store_dir, source_timeout_s), resolver)
         self._packer = AdapterPacker(self._layout, dtype, limits, store_dir, model_dir)
-        self._process = PackerProcess(self._layout, dtype, limits, store_dir, model_dir)
-        self._takes_in: AdapterPacker | PackerProcess = self._packer
+        setup = self._layout, dtype, limits, store_dir, model_dir
+        self._processes = PackerProcesses([PackerProcess(*setup) for _ in range(num_packers)])
+        self._takes_in: AdapterPacker | PackerProcesses = self._packer
         self._repairing = threading.Lock()
         self._in_memory: WeakValueDictionary[str, PackedAdapter] = WeakValueDictionary()  # by digest
 
     def work_apart(self, start: bool = False) -> None:
-        """From now on adapters are read, checked and packed by another process, beside which steps go on undisturbed.
+        """From now on adapters are read, checked and packed by other processes, beside which steps go on undisturbed.
 
-        start: do not wait for the first adapter to start it.
+        start: do not wait for the first adapter to start them.
         """
-        self._takes_in = self._process
+        self._takes_in = self._processes
         if start:
-            self._process.start()
+            self._processes.start()
 
     def close(self) -> None:
-        """Ends that process."""
-        self._process.close()
+        """Ends those processes."""
+        self._processes.close()
 
     def load(self, source: str, trusted: bool, cancelled: threading.Event | None = None) -> PackedAdapter:
         """The adapter at a source; trusted sources are the operator's own. Raises AdapterError.

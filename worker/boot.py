@@ -209,6 +209,7 @@ def _make_loader(config: WorkerConfig, base: Base, store_dir: Path) -> AdapterLo
         resolver=None if config.adapter_resolver is None else Path(config.adapter_resolver),
         source_timeout_s=config.source_timeout,
         model_dir=base.directory,
+        num_packers=max(1, min(NUM_LOAD_THREADS, (os.cpu_count() or 1) // 4)),  # steps want the other cores
     )
 
 

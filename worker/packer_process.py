@@ -7,6 +7,7 @@ The first line in is a Setup; then each line in, an Order, is answered by one li
 
 import logging
 import os
+import queue
 import select
 import shutil
 import signal
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -138,6 +140,34 @@ class PackerProcess:
             process.wait(END_S)
         for copy in self._store_dir.glob(f"{TEMP_PREFIX}{process.pid}-{'?' * TEMP_NAME}"):
             shutil.rmtree(copy, ignore_errors=True)
+
+
+class PackerProcesses:
+    """Several: an adapter goes to one that is free, so that one that takes long, or hangs, does not keep the others."""
+
+    def __init__(self, processes: Sequence[PackerProcess]) -> None:
+        self._processes = processes
+        self._free: queue.LifoQueue[PackerProcess] = queue.LifoQueue()
+        for process in reversed(processes):  # the first is taken first: it may be the only one that runs already
+            self._free.put(process)
+
+    def take_in(self, source: SourceDirectory) -> Incoming:
+        """See PackerProcess."""
+        process = self._free.get()
+        try:
+            return process.take_in(source)
+        finally:
+            self._free.put(process)
+
+    def start(self) -> None:
+        """Starts all, and waits for none."""
+        for process in self._processes:
+            process.start()
+
+    def close(self) -> None:
+        """Ends all, whatever they do."""
+        for process in self._processes:
+            process.close()
 
 
 def main() -> None:

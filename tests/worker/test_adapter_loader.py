@@ -29,7 +29,7 @@ from worker.adapter_loader import AdapterLoader
 from worker.adapter_packer import AdapterLimits, AdapterPacker
 from worker.adapter_source import SourceDirectory
 from worker.adapter_weights import PackedAdapter
-from worker.packer_process import PackerProcess
+from worker.packer_process import PackerProcess, PackerProcesses
 
 WEIGHTS = "adapter_model.safetensors"
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -405,6 +405,30 @@ def test_a_process_that_hangs_fails_one_load(tmp_path: Path) -> None:
         assert packers() != [hung]
     finally:
         packer.close()
+    assert not packers()
+
+
+def test_one_that_hangs_does_not_keep_the_others(tmp_path: Path) -> None:
+    sources = [SourceDirectory(write_adapter(tmp_path / name), tmp_path) for name in "abc"]
+    store = tmp_path / "store"
+    store.mkdir()
+    limits = AdapterLimits(max_chunks=4)
+    processes = PackerProcesses([PackerProcess(LAYOUT, torch.float32, limits, store) for _ in range(2)])
+    try:
+        processes.take_in(sources[0])
+        (hung,) = packers()
+        os.kill(hung, signal.SIGSTOP)
+        with open(f"/proc/{hung}/fd/0", "rb") as orders, ThreadPoolExecutor(1) as executor:
+            waiting = executor.submit(processes.take_in, sources[1])
+            while not num_unread(orders):
+                time.sleep(0.01)
+            others = {processes.take_in(source).digest for source in (sources[2], sources[0])}
+            assert len(others) == 2 and not waiting.done()
+            os.kill(hung, signal.SIGCONT)
+            assert waiting.result().digest not in others
+        assert len(packers()) == 2
+    finally:
+        processes.close()
     assert not packers()
 
 
