@@ -17,7 +17,9 @@ from worker.adapter_tensors import check_tensor, tensor_name
 from worker.adapter_weights import LoraWeight, Rescale
 from worker.checkpoint import Checkpoint
 
-PIECE = 8 << 20  # numbers of W that are looked at together
+# Numbers of W that are looked at together. 14336 rows of 4096 on a core of an EPYC, ms: 28 in pieces of 1 Mi, which
+# stay in the cache and in memory that is reused, 30 of 256 Ki, 95 of 2 Mi, 127 of 8 Mi.
+PIECE = 1 << 20
 
 
 def fold_magnitudes(
