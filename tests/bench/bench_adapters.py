@@ -26,7 +26,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ from typing import Any
 from tests.bench.bench_serving import measure
 from tests.bench.made_model import LLAMA_8B, TINY
 from tests.bench.results import append_csv
-from tests.bench.serve_8b import Server, machine_name, say, serving, start_up, time_limit
+from tests.bench.serve_8b import Server, add_server_arguments, parsed, say, serving, start_up, time_limit
 from tests.bench.serving_client import Load, Share, post
 from tests.end_to_end.servers import ROOT
 from worker.chunk_layout import ChunkLayout
@@ -222,9 +221,7 @@ def compare(bench: Bench, num_adapters: int, options: argparse.Namespace) -> Non
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_dir = Path(tempfile.gettempdir(), "polylora-adapters")
-    parser.add_argument("--dir", type=Path, default=default_dir, help=f"10 GB and more (default {default_dir})")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, for any machine")
+    add_server_arguments(parser, "polylora-adapters", "10 GB and more")
     parser.add_argument("--layers", type=int, help="of the model (default 8; with --tiny 2)")
     parser.add_argument("--registered", type=int, nargs="+", default=[1, 8, 32, 33, 64, 128, 1000])
     parser.add_argument("--resident", type=int, default=128, help="the device has room for so many of the first")
@@ -237,17 +234,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--popularity", choices=("uniform", "zipf", "distinct"), default="zipf")
     parser.add_argument("--input-tokens", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=128)
-    parser.add_argument("--limit", type=int, default=540, help="seconds after which it gives up")
-    parser.add_argument("--csv", type=Path, help="append the results here")
-    parser.add_argument("--machine", default="", help="name written into the CSV; default: the GPU or the processor")
-    parser.add_argument("--commit", default="", help="commit written into the CSV; default: git's HEAD")
-    parser.add_argument("server", nargs="*", help="after --: more options of polylora serve")
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     if options.registered != sorted(options.registered):
         parser.error("--registered: ascending")
-    options.dir = options.dir.resolve()
     options.layers = options.layers or (TINY["num_hidden_layers"] if options.tiny else 8)
-    options.machine = options.machine or machine_name()
     return options
 
 

@@ -21,7 +21,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from typing import Any
 from tests.bench.bench_serving import percentile, run_shares
 from tests.bench.made_model import LLAMA_8B, TINY
 from tests.bench.results import append_csv
-from tests.bench.serve_8b import machine_name, say, serving, start_up, time_limit
+from tests.bench.serve_8b import add_server_arguments, parsed, say, serving, start_up, time_limit
 from tests.bench.serving_client import Answer, Load, Share, post, request
 from tests.end_to_end.servers import ROOT
 
@@ -182,9 +181,7 @@ def run(options: argparse.Namespace) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_dir = Path(tempfile.gettempdir(), "polylora-bench")
-    parser.add_argument("--dir", type=Path, default=default_dir, help=f"17 GB, or serve_8b's (default {default_dir})")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, for any machine")
+    add_server_arguments(parser, "polylora-bench", "17 GB, or serve_8b's")
     parser.add_argument("--clients", type=int, default=64, help="streams at once")
     parser.add_argument("--processes", type=int, default=None, help="of the client (default: as bench_serving)")
     parser.add_argument("--windows", type=int, default=4, help="of each kind")
@@ -192,15 +189,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pause", type=float, default=0.0, help="seconds after each load and replace")
     parser.add_argument("--input-tokens", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=512)
-    parser.add_argument("--limit", type=int, default=540, help="seconds after which it gives up")
-    parser.add_argument("--csv", type=Path, help="append the results here")
-    parser.add_argument("--machine", default="", help="name written into the CSV; default: the GPU or the processor")
-    parser.add_argument("--commit", default="", help="commit written into the CSV; default: git's HEAD")
-    parser.add_argument("server", nargs="*", help="after --: more options of polylora serve")
-    options = parser.parse_args(arguments)
-    options.dir = options.dir.resolve()
-    options.machine = options.machine or machine_name()
-    return options
+    return parsed(parser, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,12 +12,11 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from tests.bench.bench_serving import percentile
-from tests.bench.results import append_csv
+from tests.bench.results import add_csv_arguments, append_csv
 
 CHUNK_BYTES, PIECES = 80 << 20, (80 << 20, 8 << 20, 2 << 20)
 PINNED_BYTES, NUM_PINNED = 80 << 20, 24
@@ -98,9 +97,7 @@ class Upload:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, help="append the results here")
-    parser.add_argument("--machine", default="", help="name written into the CSV; default: the GPU's")
-    parser.add_argument("--commit", default="", help="commit written into the CSV; default: git's HEAD")
+    add_csv_arguments(parser)
     options = parser.parse_args()
     machine = options.machine or torch.cuda.get_device_name()
 

@@ -13,13 +13,12 @@ import queue
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from protocol.messages import Generate, ModelCard
 from protocol.sampling import SamplingParams
-from tests.bench.results import append_csv
+from tests.bench.results import add_csv_arguments, append_csv
 from worker.adapter_cache import AdapterCache
 from worker.adapter_service import AdapterService
 from worker.block_manager import BlockManager
@@ -85,9 +84,7 @@ def step_us(num_rows: int, context: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, help="append the results here, results.csv beside this file by custom")
-    parser.add_argument("--machine", default=platform.node(), help="name written into the CSV")
-    parser.add_argument("--commit", default="", help="commit written into the CSV; default: git's HEAD")
+    add_csv_arguments(parser, platform.node())
     args = parser.parse_args()
     torch.set_num_threads(1)
     for context in (512, 4096):

@@ -31,7 +31,7 @@ from protocol.messages import AdapterReply, Generate, LoadAdapter, ModelCard, Un
 from protocol.sampling import SamplingParams
 from tests.bench.bench_engine import BLOCK_SIZE, MAX_MODEL_LEN, VOCAB_SIZE, NoModel
 from tests.bench.made_model import LLAMA_8B, make_adapters
-from tests.bench.results import append_csv
+from tests.bench.results import add_csv_arguments, append_csv
 from worker.adapter_cache import AdapterCache
 from worker.adapter_config import CONFIG_FILE, parse_config
 from worker.adapter_loader import AdapterLoader
@@ -212,9 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, help="where the adapter is made; default: a temporary directory")
     parser.add_argument("--seconds", type=int, default=10, help="of steps, of each kind")
-    parser.add_argument("--csv", type=Path, help="append the results here, results.csv beside this file by custom")
-    parser.add_argument("--machine", default=platform.node(), help="name written into the CSV")
-    parser.add_argument("--commit", default="", help="commit written into the CSV; default: git's HEAD")
+    add_csv_arguments(parser, platform.node())
     args = parser.parse_args()
     torch.set_num_threads(1)
     with ExitStack() as stack:

@@ -10,13 +10,12 @@ the linears, causal attention and the head.
 import argparse
 import statistics
 import sys
-from pathlib import Path
 
 import torch
 
 from tests.bench.breakdown import breakdown, profile, table
 from tests.bench.gpu_model import BLOCK_SIZE, GpuModel, prompt_flops, run_steps, sequence
-from tests.bench.results import append_csv
+from tests.bench.results import add_csv_arguments, append_csv
 from worker.triton_runner import TritonRunner
 
 WARM_UP, ROUNDS, STEPS = 3, 5, 4
@@ -61,9 +60,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8], help="each with a prompt of its own")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters, on all modules (default 16)")
     parser.add_argument("--breakdown", action="store_true", help="profile each case too")
-    parser.add_argument("--csv", type=Path, help="append the results here")
-    parser.add_argument("--machine", default=torch.cuda.get_device_name(), help="name written into the CSV")
-    parser.add_argument("--commit", default="", help="commit written into the CSV; default: git's HEAD")
+    add_csv_arguments(parser, torch.cuda.get_device_name())
     options = parser.parse_args()
     bench = Bench(options.rank, max(max(options.tokens), max(options.adapters) * BLOCK_SIZE))
     for num_tokens in options.tokens:

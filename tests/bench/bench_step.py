@@ -14,13 +14,12 @@ import argparse
 import logging
 import statistics
 import sys
-from pathlib import Path
 
 import torch
 
 from tests.bench.breakdown import breakdown, profile, table
 from tests.bench.gpu_model import BLOCK_SIZE, NUM_ADAPTERS, Captured, GpuModel, run_steps, sequence
-from tests.bench.results import append_csv
+from tests.bench.results import add_csv_arguments, append_csv
 from worker.sequence import Sequence
 
 STEPS, WARM_UP, PROFILED, ROUNDS = 24, 4, 8, 5
@@ -122,9 +121,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--breakdown", action="store_true", help="profile each case too")
     parser.add_argument("--lora-off", action="store_true", help="compare with a worker without LoRA")
-    parser.add_argument("--csv", type=Path, help="append the results here, results.csv beside this file by custom")
-    parser.add_argument("--machine", default=torch.cuda.get_device_name(), help="name written into the CSV")
-    parser.add_argument("--commit", default="", help="commit written into the CSV; default: git's HEAD")
+    add_csv_arguments(parser, torch.cuda.get_device_name())
     return parser.parse_args()
 
 

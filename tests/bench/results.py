@@ -1,10 +1,19 @@
 """The versioned CSV of benchmark results: one line a metric, with date, commit and machine."""
 
+import argparse
 import csv
 import datetime
 import platform
 import subprocess
 from pathlib import Path
+
+
+def add_csv_arguments(parser: argparse.ArgumentParser, machine_name: str = "") -> None:
+    """--csv, --machine and --commit: what append_csv is given. machine_name: if none is; "": the benchmark finds it."""
+    parser.add_argument("--csv", type=Path, help="append the results here, results.csv beside this file by custom")
+    default = machine_name or "what it runs on"
+    parser.add_argument("--machine", default=machine_name, help=f"name written into the CSV; default: {default}")
+    parser.add_argument("--commit", default="", help="commit written into the CSV; default: git's HEAD")
 
 
 def append_csv(path: Path, machine_name: str, benchmark: str, metrics: dict[str, float], commit: str = "") -> None:

@@ -19,14 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
 from tests.bench import bench_serving
 from tests.bench.made_model import LLAMA_8B, TINY
-from tests.bench.results import append_csv, machine
+from tests.bench.results import add_csv_arguments, append_csv, machine
 from tests.bench.serving_client import Load, post
 from tests.end_to_end.servers import ROOT, free_port, stop, wait_until_ready
 
@@ -177,11 +177,27 @@ def run(options: argparse.Namespace) -> None:
                 run_case(case, server, extra, options, vocab_size)
 
 
+def add_server_arguments(parser: argparse.ArgumentParser, directory: str, space: str) -> None:
+    """What every benchmark that makes a model and starts a server takes. directory: in /tmp; space: what it needs."""
+    default_dir = Path(tempfile.gettempdir(), directory)
+    parser.add_argument("--dir", type=Path, default=default_dir, help=f"{space} (default {default_dir})")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, for any machine")
+    parser.add_argument("--limit", type=int, default=540, help="seconds after which it gives up")
+    add_csv_arguments(parser)
+    parser.add_argument("server", nargs="*", help="after --: more options of polylora serve")
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Its arguments, with what add_server_arguments has left to be found."""
+    options = parser.parse_args(arguments)
+    options.dir = options.dir.resolve()
+    options.machine = options.machine or machine_name()
+    return options
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_dir = Path(tempfile.gettempdir(), "polylora-bench")
-    parser.add_argument("--dir", type=Path, default=default_dir, help=f"16 GB and more (default {default_dir})")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, for a try on any machine")
+    add_server_arguments(parser, "polylora-bench", "16 GB and more")
     parser.add_argument("--cases", nargs="+", default=["0", "8", "64", "loop"], help="numbers of adapters, or loop")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--requests", type=int, default=4, help="of each client")
@@ -194,15 +210,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--directories", type=int, default=64, help="different adapters on disk, 84 MB each, and one more"
     )
     parser.add_argument("--starts", type=int, default=1, help="times to start the server; the last one gets the load")
-    parser.add_argument("--limit", type=int, default=540, help="seconds after which it gives up")
-    parser.add_argument("--csv", type=Path, help="append the results here")
-    parser.add_argument("--machine", default="", help="name written into the CSV; default: the GPU or the processor")
-    parser.add_argument("--commit", default="", help="commit written into the CSV; default: git's HEAD")
-    parser.add_argument("server", nargs="*", help="after --: more options of polylora serve")
-    options = parser.parse_args(arguments)
-    options.dir = options.dir.resolve()
-    options.machine = options.machine or machine_name()
-    return options
+    return parsed(parser, arguments)
 
 
 def machine_name() -> str:
