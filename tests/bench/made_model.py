@@ -3,7 +3,7 @@
     python -m tests.bench.made_model DIR --adapters 8 [--tiny] [--layers N] [--ranks R ...] [--modules M ...]
 
 DIR/model is of Llama-3.1-8B's shape, DIR/adapters/a0 and so on are of rank 16 on all modules unless told otherwise.
-What is there already stays.
+What is there already stays. Asked greedily, the model says made-up words alone, so that its text tells its tokens.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from tests.tiny_models import layer_shapes
 NUM_THREADS = 8
 LAYERS_A_FILE = 4
 END = "<|end|>"
+NUM_UNSAID = 257  # END and the bytes: their rows of the head are 0, where the best of the others is well above
 TINY: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -121,6 +122,8 @@ def write_tensors(path: Path, shapes: Shapes) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
             values = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(1.0 if "norm" in name else 0, 0.02)
+            if name == "lm_head.weight":
+                values[:NUM_UNSAID] = 0
             file.write(values.cpu().view(torch.uint8).numpy())
 
 
@@ -138,6 +141,11 @@ def tokenizer(vocab_size: int) -> Tokenizer:
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([AddedToken(END, special=True)])
     return made
+
+
+def said(text: str) -> list[int]:
+    """The tokens of what a made model has said. ValueError if it is not made-up words alone."""
+    return [NUM_UNSAID + int(word, 16) for word in text.removeprefix(" ").split(" ")]
 
 
 def _files(config: dict[str, Any]) -> list[Shapes]:

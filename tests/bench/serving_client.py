@@ -192,6 +192,11 @@ async def run_client(share: Share, client: int, end_s: float, asked: Counter[str
     return replies
 
 
+def first_prompt(share: Share, client: int) -> list[int] | str:
+    """What a client of a share with a prompt_seed asks first."""
+    return share.load.prompt(_source(share.prompt_seed, client), share.load.input_tokens)
+
+
 def _source(seed: int | None, client: int) -> random.Random:
     return random.Random() if seed is None else random.Random(f"{seed} {client}")
 

@@ -1,11 +1,14 @@
 """The benchmarks of many adapters and of loads beside streams, from end to end on a tiny model."""
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from tests.bench import bench_adapters, bench_beside_loads
+from tests.bench.bench_beside_loads import Windows
+from tests.bench.greedy_check import Parted, check
 
 SIZES = ["--tiny", "--clients", "6", "--input-tokens", "9", "--output-tokens", "6"]
 
@@ -40,4 +43,29 @@ def test_streams_beside_loads_are_the_quiet_ones(tmp_path: Path, capsys: pytest.
     assert found["streams"] == found["exact"] == found["exact_quiet"] == 12
     assert found["loads"] == found["replaces"] == found["unloads"] >= 2
     assert found["p99_over_quiet"] > 0 and found["worst_pair"] > 0
+    assert found["quiet_worst_nats"] < 1e-3 and found["parted"] == 0
+    assert found["least_foreign_nats"] > 0.01 and found["foreign_unnoticed"] == 0
     assert "exact 6 quiet, 6 beside, of 6" in capsys.readouterr().out
+
+
+def test_streams_of_other_adapters_are_told_from_those_that_rounding_has_parted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = bench_beside_loads.parse([*SIZES, "--output-tokens", "40", "--dir", str(tmp_path)])
+    with bench_beside_loads.streams_at(options) as traffic:
+        quiet = bench_beside_loads.window(traffic, options)
+        words = quiet[1].content.split(" ")
+        words[21] = "2" if words[21] == "1" else "1"
+        beside = [
+            dataclasses.replace(quiet[0], content=quiet[1].content),  # what another adapter says, to another prompt
+            dataclasses.replace(quiet[1], content=" ".join(words)),
+            *quiet[2:],
+        ]
+        found = bench_beside_loads.check_streams(Windows([quiet, quiet], [quiet, beside]), traffic)
+        lines = [line for line in capsys.readouterr().out.splitlines() if " parts at token " in line]
+        streams = [bench_beside_loads.stream_of(answer, traffic) for answer in quiet]
+        right, _ = check(traffic.load, streams, [Parted(streams[1], 0)])  # whatever was expected in its place
+    assert found["parted"] == found["parted_by_more_than_rounding"] == len(lines) == 2
+    assert found["foreign_unnoticed"] == 0
+    assert lines[1].startswith("beside 1 a1 parts at token 20, ") and "MORE THAN ROUNDING" in lines[1]
+    assert right["parted"] == 1 and right["parted_by_more_than_rounding"] == 0
