@@ -179,13 +179,14 @@ def make_runner(
         return ModelRunner(model, config, memory.kv_cache, memory.pool)
     from worker.decode_graphs import DecodeGraphs
     from worker.last_tokens import LastTokens
+    from worker.mixed_graphs import MixedGraphs
     from worker.triton_runner import TritonRunner
 
-    graphs = DecodeGraphs(
-        model, config, memory.kv_cache, memory.pool, LastTokens(config.vocab_size, 64, target.device), max_rows=16,
-        max_chunks=max(CHUNKS), max_model_len=MAX_MODEL_LEN,
-    )  # fmt: skip
-    runner = TritonRunner(model, config, memory.kv_cache, memory.pool, max_chunks=max(CHUNKS), graphs=graphs)
+    state = (model, config, memory.kv_cache, memory.pool, LastTokens(config.vocab_size, 64, target.device))
+    sizes = {"max_chunks": max(CHUNKS), "max_model_len": MAX_MODEL_LEN}
+    graphs = DecodeGraphs(*state, max_rows=16, **sizes)
+    mixed = MixedGraphs(*state, graphs.memory, max_rows=64, max_sequences=64, **sizes)
+    runner = TritonRunner(*state[:4], max_chunks=max(CHUNKS), graphs=graphs, mixed=mixed)
     return GpuSteps(runner, rng)
 
 
