@@ -83,6 +83,7 @@ class Bucket:
         """Brings the work list up to date; a batch that goes on decoding has the same one."""
         assert self.work is not None and self._pool is not None
         if adapted != self.adapted:
+            self.adapted = []  # should the update fail, nobody may build on it
             self.work.update(self.num_rows, work_of(adapted, self._pool))
             self.adapted = adapted
         if rescaled is not None:

@@ -24,17 +24,17 @@ class BlockTables:
 
     def fill(self, shares: list[ScheduledSequence]) -> None:
         """Takes those of a step's sequences, in this order."""
-        has_changed = False
-        for row, scheduled in enumerate(shares):
-            table = scheduled.sequence.block_table
-            if table != self._tables[row]:
-                has_changed = True
-                self._tables[row] = table.copy()
-                self.on_host[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
-        if has_changed:
-            width = max(len(table) for table in self._tables[: len(shares)])
-            used = self.on_host[: len(shares), :width].contiguous()
-            self.on_device[: len(shares), :width].copy_(upload(used, self.on_device.device))
+        tables = [scheduled.sequence.block_table for scheduled in shares]
+        changed = [row for row, table in enumerate(tables) if table != self._tables[row]]
+        if not changed:
+            return
+        for row in changed:
+            self.on_host[row, : len(tables[row])] = torch.tensor(tables[row], dtype=torch.int32)
+        width = max(map(len, tables))
+        used = self.on_host[: len(tables), :width].contiguous()
+        self.on_device[: len(tables), :width].copy_(upload(used, self.on_device.device))
+        for row in changed:  # not before: a step that failed on the way must not be built upon
+            self._tables[row] = tables[row].copy()
 
 
 class StepBuffers:

@@ -10,11 +10,16 @@ import torch
 from protocol.sampling import SamplingParams
 from tests.tiny_models import write_tiny_model
 from tests.worker.driver import CPU
+from worker import step_buffers
+from worker.adapter_pool import AdapterPool
+from worker.adapter_weights import LoraWeight, pack_adapter
+from worker.chunk_layout import ChunkLayout
+from worker.decode_graphs import Bucket
 from worker.kv_cache import KVCache
 from worker.last_tokens import LastTokens
 from worker.paged_input import eager_step, lay_out
 from worker.sequence import Sequence
-from worker.step_buffers import StepBuffers
+from worker.step_buffers import BlockTables, StepBuffers
 from worker.transfer import Download, upload_arrays
 from worker.weights import load_model
 
@@ -71,6 +76,42 @@ def test_a_graphs_buffers_hold_what_an_eager_step_is_told(tmp_path: Path) -> Non
             grown.block_table.append(900 + len(grown.block_table))
         if rng.random() < 0.2:
             grown.block_table[:] = rng.sample(range(1000), len(grown.block_table))
+
+
+def test_what_did_not_reach_the_device_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step whose block tables or adapters could not be sent is done in another way; the next must not build on it."""
+    tables = BlockTables(2, 16, CPU)
+    before, after = [sequence(1, 9).share(1)], [sequence(2, 5).share(1)]
+    tables.fill(before)
+    with monkeypatch.context() as patch:
+        patch.setattr(step_buffers, "upload", _fail)
+        with pytest.raises(MemoryError):
+            tables.fill(after)
+    tables.fill(after)
+    assert tables.on_device[0, :2].tolist() == after[0].sequence.block_table
+
+    pool = AdapterPool(ChunkLayout.of(1, 8, 8, 8, 8), 4, torch.float32, CPU)
+    cache = KVCache(1, BLOCK_SIZE, 1, 1, 8, torch.float32, CPU)
+    bucket = Bucket(4, 16, cache, None, pool, 1, None, False)  # type: ignore[arg-type]
+    for generation in (1, 2):
+        weights = {(0, "q_proj"): LoraWeight(torch.ones(1, 8), torch.ones(8, 1), float(generation))}
+        pool.upload(generation, pack_adapter(pool.layout, weights, torch.float32, ""), [generation])
+    first, second = [(1, (1,), [0])], [(2, (2,), [0, 1])]
+    bucket.set_adapters(first, None)
+    work = bucket.work
+    assert work is not None
+    expected = [table.clone() for table in (work.short.records, work.short.scales)]
+    with monkeypatch.context() as patch:  # half of it is there
+        patch.setattr(work.short, "_fill_mixes", _fail)
+        with pytest.raises(MemoryError):
+            bucket.set_adapters(second, None)
+    assert not torch.equal(work.short.records, expected[0])
+    bucket.set_adapters(first, None)
+    assert torch.equal(work.short.records, expected[0]) and torch.equal(work.short.scales[0], expected[1][0])
+
+
+def _fail(*args: object) -> None:
+    raise MemoryError
 
 
 def test_arrays_travel_together_and_tensors_come_back() -> None:

@@ -148,7 +148,7 @@ class GpuCopies(CopyStream):
         self._rng = rng
 
     @contextlib.contextmanager
-    def copying(self) -> Iterator[None]:  # type: ignore[override]
+    def copying(self) -> Iterator[None]:
         with super().copying():
             torch.cuda._sleep(self._rng.choice([0, GPU_CYCLES, 4 * GPU_CYCLES]))
             yield
@@ -258,7 +258,7 @@ class Client:
         assert replies[command.request_id].error is None
 
     def _replies(self) -> dict[int, AdapterReply]:
-        return {reply.request_id: reply for reply in self.harness.events(AdapterReply)}  # type: ignore[attr-defined]
+        return {reply.request_id: reply for reply in self.harness.events(AdapterReply)}
 
     def ask(self, name: str | None, prompt: int, **more: Any) -> int:
         """Returns the request's id. None: the base model."""
