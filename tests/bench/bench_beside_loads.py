@@ -164,7 +164,7 @@ def figures(windows: Windows, times_of: dict[str, list[float]]) -> dict[str, flo
         gaps = [gap for answers in of_name for gap in gaps_ms(answers)]
         metrics |= {f"{name}_p50_ms": percentile(gaps, 0.5), f"{name}_p99_ms": percentile(gaps, 0.99)}
         metrics |= {f"{name}_p999_ms": percentile(gaps, 0.999), f"{name}_max_ms": max(gaps)}
-    metrics["p99_over_quiet"] = metrics["beside_p99_ms"] / metrics["quiet_p99_ms"]
+    metrics["p99_over_quiet"] = ratio(metrics["beside_p99_ms"], metrics["quiet_p99_ms"])
     pairs = zip(windows.beside, windows.quiet, strict=True)
     metrics["worst_pair"] = max(ratio(p99_ms(beside), p99_ms(quiet)) for beside, quiet in pairs)
     metrics["streams"] = sum(map(len, windows.beside))
@@ -235,11 +235,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=4, help="of each kind")
     parser.add_argument("--ask", action="store_true", help="a token under the name after each load, see above")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds after each load and replace")
-    parser.add_argument("--layers", type=int, help="of the model, where --dir has none yet (default: all)")
+    parser.add_argument("--layers", type=int, help="of the model, in a directory under --dir (default: all)")
     parser.add_argument("--dtype", default="", help="of the server (default: its own)")
     parser.add_argument("--input-tokens", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=512)
-    return parsed(parser, arguments)
+    options = parsed(parser, arguments)
+    if options.layers:
+        options.dir /= f"{options.layers}-layers"
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,8 +6,8 @@ nothing in common. So a stream is not compared with another but with what it sho
 short of the likeliest at its place, in nats, when the whole stream is read as a prompt under its adapter. Rounding
 makes that small everywhere; another adapter's weights, or KV that is not the stream's, do not.
 
-What is small, the server says itself: twice the most by which streams fall short that nothing was beside. And that the
-check can tell, the same streams show, read under an adapter that is not theirs.
+What is small, the server says itself: four times the most by which streams fall short that nothing was beside. And that
+the check can tell, the same streams show, read under an adapter that is not theirs.
 """
 
 import json
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from tests.bench.serving_client import Load, post
 
 NUM_AT_ONCE = 4
+QUIET_WORSTS = 4  # the bound: of some thousand tokens the worst is now and then twice as much
 LEAST_NATS = 1e-3  # of the bound: float32 rounds less
 
 
@@ -69,7 +70,7 @@ def check(load: Load, quiet: Sequence[Stream], parted: Sequence[Parted]) -> tupl
         of_foreign = list(executor.map(lambda stream: shortfalls(load, stream, others[stream.model]), quiet))
         of_parted = list(executor.map(lambda each: shortfalls(load, each.stream), parted))
     foreign = [max(nats) for nats in of_foreign]
-    bound = max(2 * max(map(max, of_quiet)), LEAST_NATS)
+    bound = max(QUIET_WORSTS * max(map(max, of_quiet)), LEAST_NATS)
     metrics = {
         "quiet_worst_nats": max(map(max, of_quiet)),
         "quiet_mean_nats": _mean(of_quiet),

@@ -90,7 +90,8 @@ def make_adapters(
             path.mkdir(parents=True, exist_ok=True)
             write_tensors(path / "adapter_model.safetensors", _adapter_shapes(config, rank, modules))
             targets = list(modules) or "all-linear"
-            keys = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
+            # ΔW is about as large as W, so that every adapter says something else.
+            keys = {"peft_type": "LORA", "r": rank, "lora_alpha": 8 * rank, "target_modules": targets, "bias": "none"}
             (path / "adapter_config.json").write_text(json.dumps(keys))
 
     _in_threads([lambda path=path, i=i: write(path, ranks[i % len(ranks)]) for i, path in enumerate(paths)])
@@ -145,7 +146,10 @@ def tokenizer(vocab_size: int) -> Tokenizer:
 
 def said(text: str) -> list[int]:
     """The tokens of what a made model has said. ValueError if it is not made-up words alone."""
-    return [NUM_UNSAID + int(word, 16) for word in text.removeprefix(" ").split(" ")]
+    try:
+        return [NUM_UNSAID + int(word, 16) for word in text.removeprefix(" ").split(" ")]
+    except ValueError:
+        raise ValueError("not made-up words alone: a model that an older made_model left there? Remove it") from None
 
 
 def _files(config: dict[str, Any]) -> list[Shapes]:
