@@ -82,7 +82,8 @@ class RandomAdapters:
                 weights[layer, module] = LoraWeight(a, b, 0.5)
         packed = pack_adapter(self._layout, weights, torch.float32, source)
         if self._is_pinned:  # as the real loader's, or copies would wait
-            return dataclasses.replace(packed, chunks=packed.chunks.pin_memory(), scales=packed.scales.pin_memory())
+            chunks = torch.stack([*packed.chunks]).pin_memory()
+            return dataclasses.replace(packed, chunks=chunks, scales=packed.scales.pin_memory())
         return packed
 
     def reload(self, digest: str) -> PackedAdapter:
