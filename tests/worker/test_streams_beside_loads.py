@@ -55,6 +55,7 @@ NUM_PROMPTS = 4
 NUM_TOKENS = 24
 STOPS = list(range(0, 320, 8))
 MOST_CANCELS = 15
+SEEDS = [0, 5, 13, 15]  # of histories in which a pool that waits for no copy is seen
 LEAST_GAP = 3e-4  # nats between the best two tokens, anywhere: what float32 rounds is much less
 GPU_CYCLES = 2_000_000  # about a millisecond, which is longer than a step takes
 
@@ -127,7 +128,7 @@ class LateCopies(CopyStream):
         return contextlib.nullcontext()
 
     def record(self) -> Arrival:  # type: ignore[override]
-        self.queue.append(Arrival(self, self.rng.choice([0, 3, 12])))
+        self.queue.append(Arrival(self, self.rng.choice([0, 4, 40])))
         return self.queue[-1]  # type: ignore[return-value]
 
     def hold_steps(self, event: Arrival) -> None:  # type: ignore[override]
@@ -311,7 +312,7 @@ def a_turn(client: Client, rng: random.Random, may_ask: bool) -> None:
     name = rng.choice(GUESTS)
     content = rng.choice(GUEST_CONTENTS)
     pinned = CHUNKS[content % len(CHUNKS)] == 1 and rng.random() < 0.5  # so that a place is left for the largest
-    match rng.choice(["load", "load", "pass by", "ask", "ask", "cancel", "unload", "force"]):
+    match rng.choice(["load", "load", "pass by", "pass by", "ask", "ask", "cancel", "unload", "force"]):
         case "load" | "pass by" as kind:
             client.load(name, content, pinned)
             if kind == "pass by":  # before it has come to the device
@@ -325,10 +326,10 @@ def a_turn(client: Client, rng: random.Random, may_ask: bool) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_every_stream_is_what_it_is_in_quiet(device: str, model_dir: Path, expected: Expected, seed: int) -> None:
     rng = random.Random(seed)
-    harness, memory = engine_on(device, model_dir, seed, seed % 4, MAX_CHUNKS, max_loaded=7)
+    harness, memory = engine_on(device, model_dir, seed, seed % 4, MAX_CHUNKS, max_loaded=(7, 4)[seed % 2])
     client = Client(harness)
     for content, name in enumerate(STEADY):
         client.load(name, content)
