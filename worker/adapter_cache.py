@@ -72,17 +72,16 @@ class AdapterCache:
         """The names of some generations, base left out."""
         return sorted({self._adapters[generation].name for generation in generations if generation in self._adapters})
 
-    def memory(self, chunk_bytes: int) -> AdapterMemory:
+    def memory(self, chunk_bytes: int, host_bytes: int) -> AdapterMemory:
         """What all of them take. For any thread: it reads copies."""
         adapters = self.adapters()
-        in_host = [adapter for adapter in adapters if adapter.in_host]
         return AdapterMemory(
             chunk_bytes=chunk_bytes,
             chunks_total=self.max_chunks,
             chunks_free=self.max_chunks - self._num_chunks,
-            host_adapters=len(in_host),
+            host_adapters=sum(adapter.in_host for adapter in adapters),
             host_adapters_max=self._max_loaded,
-            host_bytes=sum(adapter.num_bytes for adapter in in_host),
+            host_bytes=host_bytes,
             disk_bytes=sum({adapter.digest: adapter.stored_bytes for adapter in adapters}.values()),
         )
 

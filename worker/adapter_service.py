@@ -66,7 +66,7 @@ class AdapterService:
         self._clock = clock
         self._host: dict[int, PackedAdapter] = {}
         self._loads = Loads()
-        self.listing = AdapterListing(cache, self._loads, chunk_bytes)
+        self.listing = AdapterListing(cache, self._loads, chunk_bytes, lambda: loader.host_bytes)
         self._revoked: set[str] = set()  # unloaded on purpose: no request brings them back
         self._reloading: set[int] = set()
         self._unloads: dict[int, list[Waiter]] = {}  # by generation

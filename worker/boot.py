@@ -25,6 +25,7 @@ from worker.engine import Engine
 from worker.fair_queue import BASE_CLIENT
 from worker.grammar import GrammarCompiler
 from worker.grammar_service import GrammarService
+from worker.host_arena import HostArena, pin_memory
 from worker.kv_cache import KVCache
 from worker.mailbox import Message, Outbox, Stop
 from worker.memory import MIB, MemoryPlan, MemoryShortage, plan_memory
@@ -205,12 +206,21 @@ def _make_loader(config: WorkerConfig, base: Base, store_dir: Path) -> AdapterLo
         store_dir,
         [Path(root) for root in config.adapter_root],
         config.hub_allow,
-        pin_memory=target.device.type == "cuda",
+        arena=_host_arena(config, base),
         resolver=None if config.adapter_resolver is None else Path(config.adapter_resolver),
         source_timeout_s=config.source_timeout,
         model_dir=base.directory,
         num_packers=max(1, min(NUM_LOAD_THREADS, (os.cpu_count() or 1) // 4)),  # steps want the other cores
     )
+
+
+def _host_arena(config: WorkerConfig, base: Base) -> HostArena:
+    """Host memory of adapters; on a GPU it is pinned, beginning now, beside the rest of the start."""
+    is_cuda = base.target.device.type == "cuda"
+    arena = HostArena(base.config.chunk_layout(), base.target.dtype, pin=pin_memory if is_cuda else None)
+    if is_cuda and config.lora_enabled:
+        arena.keep_ahead(config.loaded_loras)
+    return arena
 
 
 def _make_adapters(

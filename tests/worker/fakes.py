@@ -111,6 +111,10 @@ class FakeLoader:
         assert self.held[digest] >= 0
         self.held += Counter()  # without zeros
 
+    @property
+    def host_bytes(self) -> int:
+        return 0
+
     def reload(self, digest: str) -> FakePacked:
         self.num_reloads += 1
         if digest in self.lost:
@@ -145,6 +149,9 @@ class FakePool:
         self.memory |= dict.fromkeys(chunk_ids, packed.digest)
         for chunk in chunk_ids:
             self.overwrite(chunk)
+
+    def note_done(self) -> None:
+        pass
 
     def is_ready(self, generation: int) -> bool:
         return generation in self.contents and not self.slow
