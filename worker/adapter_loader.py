@@ -60,6 +60,11 @@ class AdapterLoader:
         self._in_memory: WeakValueDictionary[str, PackedAdapter] = WeakValueDictionary()  # by digest
 
     @property
+    def max_host_chunks(self) -> int:
+        """What host memory has room for."""
+        return self._arena.max_chunks
+
+    @property
     def host_bytes(self) -> int:
         """What chunks take in host memory, those included that are being read or copied."""
         return self._arena.num_taken * self._arena.chunk_bytes

@@ -220,7 +220,7 @@ def _host_arena(config: WorkerConfig, base: Base) -> HostArena:
     """Host memory of adapters; on a GPU it is pinned, beginning now, beside the rest of the start."""
     is_cuda = base.target.device.type == "cuda"
     arena = HostArena(base.config.chunk_layout(), base.target.dtype, pin=pin_memory if is_cuda else None)
-    if is_cuda and config.lora_enabled:
+    if config.lora_enabled:
         arena.keep_ahead(config.loaded_loras)
     return arena
 
@@ -233,6 +233,7 @@ def _make_adapters(
             num_chunks=base.plan.max_chunks,
             max_per_batch=config.max_loras_per_batch,
             max_loaded=config.loaded_loras,
+            max_host_chunks=loader.max_host_chunks,
             policy=config.lora_eviction_policy,
             arena=memory.arena,
         ),

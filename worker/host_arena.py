@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 SLAB_BYTES = 256 << 20  # as many whole chunks, but one at least; pinned in one call
 MAX_SLAB_CHUNKS = 64
 LEFT_BYTES = 512 << 20  # of the machine's memory: a slab that would leave less is not taken
-AHEAD_SHARE = 0.25  # of the machine's free memory at most is pinned before an adapter needs it
+SHARE = 0.4  # of what is free at the start, at most for all adapters together; on a CPU, KV takes half
 
 Pin = Callable[[Tensor], None]
 Slot = tuple[Tensor, Tensor]  # a chunk, and the scales of an adapter that has its first chunk there
@@ -53,6 +53,7 @@ class HostArena:
     ) -> None:
         """pin: what pins a slab, see pin_memory; it raises OSError. available: bytes that this machine has left."""
         self.chunk_bytes = layout.chunk_size * dtype.itemsize
+        self.max_chunks = max(1, int(available() * SHARE) // self.chunk_bytes)  # that adapters should keep
         self.num_chunks = 0  # slots, free or not
         self._num_scales = layout.num_layers * len(MODULES)
         self._num_layers = layout.num_layers
@@ -84,13 +85,13 @@ class HostArena:
         return room
 
     def keep_ahead(self, num_chunks: int) -> None:
-        """From now on a thread pins slabs before they are needed: now for so many chunks, as far as memory allows,
-        and later whenever less than a slab is free."""
-        first = min(num_chunks, int(self._available() * AHEAD_SHARE) // self.chunk_bytes)
-        log.info(
-            "host memory of adapters: %d MiB are pinned now, more as adapters come", first * self.chunk_bytes // MIB
-        )
-        threading.Thread(target=self._stay_ahead, args=[first], name="host-arena", daemon=True).start()
+        """From now on a thread pins slabs before they are needed: now for so many chunks, but for no more than half of
+        max_chunks, and later whenever less than a slab is free. Says so; memory that is not pinned needs none of it."""
+        first = 0 if self._pin is None else min(num_chunks, self.max_chunks // 2)
+        mib = self.chunk_bytes / MIB
+        log.info("host memory of adapters: %.0f MiB at most, %.0f are pinned now", self.max_chunks * mib, first * mib)
+        if self._pin is not None:
+            threading.Thread(target=self._stay_ahead, args=[first], name="host-arena", daemon=True).start()
 
     def check_integrity(self) -> None:
         """Asserts that every slot is free or somebody's, while nobody takes or gives any."""

@@ -33,8 +33,13 @@ Pin = Callable[[torch.Tensor], None]
 
 def new_arena(pin: Pin | None = None, free: int = PLENTY) -> HostArena:
     """A slab has 64 chunks. free: bytes that the machine has, fewer with each slab that is taken."""
-    arena = HostArena(LAYOUT, torch.float32, pin, lambda: free - arena.num_chunks * CHUNK_BYTES)
-    return arena
+    arenas: list[HostArena] = []
+
+    def available() -> int:
+        return free - sum(arena.num_chunks * CHUNK_BYTES for arena in arenas)
+
+    arenas.append(HostArena(LAYOUT, torch.float32, pin, available))
+    return arenas[0]
 
 
 def packed_in(room: HostRoom, seed: int) -> PackedAdapter:
