@@ -177,6 +177,11 @@ def pin_memory(memory: Tensor) -> None:
     # The pages come first, without the driver, which would hold up launches meanwhile. ctypes lets go of the
     # interpreter's lock, and starts no threads as torch would.
     ctypes.memset(memory.data_ptr(), 0, memory.nbytes)
+    register(memory)
+
+
+def register(memory: Tensor) -> None:
+    """The same, with pages that may not be there yet. Raises OSError."""
     cudart = torch.cuda.cudart()
     error = cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
     if error != cudart.cudaError.success:
