@@ -1,7 +1,12 @@
-"""HostTier: which adapters' content is in host memory, and whose leaves it for others'. Books alone."""
+"""HostTier: which adapters' content is in host memory, and whose leaves it for others'. Books alone.
+
+Those that nobody has ever asked for go first. Else the registration of many pushes out what is in use, also of adapters
+on the device, which then come from the disk when they have left it and are asked for again.
+"""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from worker.adapter import Adapter
 
@@ -15,15 +20,15 @@ class HostTier:
         self.max_adapters = max_adapters
         self.num_chunks = 0  # of all that are here
         self._max_chunks = max_chunks
-        self._adapters: OrderedDict[int, Adapter] = OrderedDict()  # by generation, least recently used first
+        self._new: OrderedDict[int, Adapter] = OrderedDict()  # never asked for, by generation, the oldest first
+        self._used: OrderedDict[int, Adapter] = OrderedDict()  # the others, least recently used first
 
     def add(self, adapter: Adapter) -> list[Adapter]:
         """The content is here now; returns those whose content has to go."""
-        if not adapter.in_host:
-            self.num_chunks += adapter.num_chunks
+        self.drop(adapter)
         adapter.in_host = True
-        self._adapters[adapter.generation] = adapter
-        self._adapters.move_to_end(adapter.generation)
+        self.num_chunks += adapter.num_chunks
+        (self._used if adapter.num_requests else self._new)[adapter.generation] = adapter
         leaving: list[Adapter] = []
         while self._is_over() and (other := self._next_to_leave(adapter)) is not None:
             self.drop(other)
@@ -31,12 +36,19 @@ class HostTier:
         return leaving
 
     def _is_over(self) -> bool:
-        return len(self._adapters) > self.max_adapters or self.num_chunks > self._max_chunks
+        return len(self) > self.max_adapters or self.num_chunks > self._max_chunks
+
+    def __len__(self) -> int:
+        return len(self._new) + len(self._used)
+
+    def _in_order(self) -> Iterator[Adapter]:
+        """The first to go first."""
+        return chain(self._new.values(), self._used.values())
 
     def _next_to_leave(self, arrived: Adapter) -> Adapter | None:
-        """The least recently used that no sequence waits for, or failing that any that may go."""
+        """The first that no sequence waits for, or failing that any that may go."""
         wanted = None
-        for adapter in self._adapters.values():
+        for adapter in self._in_order():
             if adapter is arrived or adapter.pinned:
                 continue
             if _is_loose(adapter):
@@ -46,7 +58,7 @@ class HostTier:
 
     def has_spare_places(self, coming: Iterable[Adapter]) -> bool:
         """Whether these can all come without driving out one that a sequence waits for."""
-        num_adapters, num_chunks = len(self._adapters) - self.max_adapters, self.num_chunks - self._max_chunks
+        num_adapters, num_chunks = len(self) - self.max_adapters, self.num_chunks - self._max_chunks
         for adapter in coming:
             num_adapters, num_chunks = num_adapters + 1, num_chunks + adapter.num_chunks
         loose = self._loose()
@@ -58,24 +70,27 @@ class HostTier:
         return True
 
     def _loose(self) -> Iterator[Adapter]:
-        return (adapter for adapter in self._adapters.values() if not adapter.pinned and _is_loose(adapter))
+        return (adapter for adapter in self._in_order() if not adapter.pinned and _is_loose(adapter))
 
     def touch(self, adapter: Adapter) -> None:
         """The adapter was used."""
         if adapter.in_host:
-            self._adapters.move_to_end(adapter.generation)
+            self._new.pop(adapter.generation, None)
+            self._used[adapter.generation] = adapter
+            self._used.move_to_end(adapter.generation)
 
     def drop(self, adapter: Adapter) -> None:
         """The content is not here any more, if it was."""
         if adapter.in_host:
             adapter.in_host = False
             self.num_chunks -= adapter.num_chunks
-            del self._adapters[adapter.generation]
+            self._new.pop(adapter.generation, None)
+            self._used.pop(adapter.generation, None)
 
     def check_integrity(self, adapters: Iterable[Adapter]) -> None:
         """Asserts that the books agree. adapters: all that there are."""
         there = {adapter.generation: adapter for adapter in adapters if adapter.in_host}
-        assert there == dict(self._adapters)
+        assert there == {adapter.generation: adapter for adapter in self._in_order()} and len(self) == len(there)
         assert self.num_chunks == sum(adapter.num_chunks for adapter in there.values())
         assert len(there) <= self.max_adapters
 

@@ -285,6 +285,24 @@ def test_large_adapters_fill_host_memory_before_there_are_too_many_of_them() -> 
     ]
 
 
+def test_adapters_that_are_only_registered_push_out_none_that_is_used() -> None:
+    harness = Harness(max_loaded=3, num_chunks=1)
+    load(harness, 1, "a", "a")
+    load(harness, 2, "b", "b")
+    settle(harness)
+    start(harness, 3, 1)
+    start(harness, 4, 2)
+    harness.drain()
+    for number in range(5):
+        load(harness, 10 + number, f"c{number}", f"c{number}")
+    settle(harness)
+    assert [adapter.name for adapter in harness.cache.adapters() if adapter.in_host] == ["a", "b", "c4"]
+    for number, generation in enumerate((1, 2, 1, 7)):
+        start(harness, 20 + number, generation)
+    harness.drain()
+    assert harness.loader.num_reloads == 0
+
+
 def test_without_host_memory_to_read_it_into_a_request_is_told_so() -> None:
     harness = Harness(max_loaded=2, num_chunks=2)
     for number, name in enumerate("abc"):
