@@ -66,6 +66,7 @@ class Base:
     config: ModelConfig
     target: Target
     plan: MemoryPlan
+    host_arena: HostArena
     card: ModelCard
 
 
@@ -154,7 +155,7 @@ def _load_base(config: WorkerConfig) -> Base:
         lora_enabled=config.lora_enabled,
         adapter_resolver=config.adapter_resolver is not None,
     )
-    return Base(directory, loading, model_config, target, plan, card)
+    return Base(directory, loading, model_config, target, plan, _host_arena(config, model_config, target), card)
 
 
 def _plan(config: WorkerConfig, model: ModelConfig, target: Target) -> MemoryPlan:
@@ -194,6 +195,14 @@ def _plan(config: WorkerConfig, model: ModelConfig, target: Target) -> MemoryPla
     return plan
 
 
+def _host_arena(config: WorkerConfig, model: ModelConfig, target: Target) -> HostArena:
+    """Host memory of adapters; on a GPU it is pinned, beginning now, beside the weights."""
+    arena = HostArena(model.chunk_layout(), target.dtype, pin=pin_memory if target.device.type == "cuda" else None)
+    if config.lora_enabled:
+        arena.keep_ahead(config.loaded_loras)
+    return arena
+
+
 def _make_loader(config: WorkerConfig, base: Base, store_dir: Path) -> AdapterLoader:
     limits = AdapterLimits(
         max_chunks=_max_chunks(config, base),
@@ -208,21 +217,12 @@ def _make_loader(config: WorkerConfig, base: Base, store_dir: Path) -> AdapterLo
         store_dir,
         [Path(root) for root in config.adapter_root],
         config.hub_allow,
-        arena=_host_arena(config, base),
+        arena=base.host_arena,
         resolver=None if config.adapter_resolver is None else Path(config.adapter_resolver),
         source_timeout_s=config.source_timeout,
         model_dir=base.directory,
         num_packers=max(1, min(NUM_LOAD_THREADS, (os.cpu_count() or 1) // 4)),  # steps want the other cores
     )
-
-
-def _host_arena(config: WorkerConfig, base: Base) -> HostArena:
-    """Host memory of adapters; on a GPU it is pinned, beginning now, beside the rest of the start."""
-    is_cuda = base.target.device.type == "cuda"
-    arena = HostArena(base.config.chunk_layout(), base.target.dtype, pin=pin_memory if is_cuda else None)
-    if config.lora_enabled:
-        arena.keep_ahead(config.loaded_loras)
-    return arena
 
 
 def _make_adapters(
@@ -327,6 +327,7 @@ def _make_runner(config: WorkerConfig, base: Base, memory: DeviceMemory, start_u
         shallow.warm_up(target.chunked_prefill_size)
     start_up.done("kernels")
     base.loading.finish()
+    base.host_arena.wait_until_ahead()
     start_up.done("weights")
     graphs = DecodeGraphs(
         decoder,

@@ -67,6 +67,8 @@ class HostArena:
         self._taken: dict[int, int] = {}  # how many each room has
         self._growing = threading.Lock()
         self._is_low = threading.Event()
+        self._is_ahead = threading.Event()
+        self._is_ahead.set()
 
     @property
     def num_taken(self) -> int:
@@ -91,7 +93,12 @@ class HostArena:
         mib = self.chunk_bytes / MIB
         log.info("host memory of adapters: %.0f MiB at most, %.0f are pinned now", self.max_chunks * mib, first * mib)
         if self._pin is not None:
+            self._is_ahead.clear()
             threading.Thread(target=self._stay_ahead, args=[first], name="host-arena", daemon=True).start()
+
+    def wait_until_ahead(self) -> None:
+        """Until what keep_ahead begins with is pinned: while a CUDA graph is captured, no thread may pin memory."""
+        self._is_ahead.wait()
 
     def check_integrity(self) -> None:
         """Asserts that every slot is free or somebody's, while nobody takes or gives any."""
@@ -103,10 +110,13 @@ class HostArena:
             while True:
                 self._grow(num_free)
                 num_free = self._slab_chunks
+                self._is_ahead.set()
                 self._is_low.wait()
                 self._is_low.clear()
         except AdapterError as error:  # from now on as each load finds it
             log.warning("%s", error.error.message)
+        finally:
+            self._is_ahead.set()
 
     def _give(self, slots: list[Slot]) -> None:
         del self._taken[id(slots)]

@@ -128,8 +128,11 @@ def test_slabs_are_pinned_ahead_as_far_as_memory_allows_and_each_once(caplog: py
     caplog.set_level(logging.INFO)
     pinned: list[torch.Tensor] = []
     arena = new_arena(pinned.append, free=4 * 100 * CHUNK_BYTES + LEFT_BYTES)
+    arena.wait_until_ahead()
+    assert arena.num_chunks == 0, "it has not been told to"
     arena.keep_ahead(100)
-    wait_until(lambda: arena.num_chunks == 128)
+    arena.wait_until_ahead()
+    assert arena.num_chunks == 128
     assert "pinned now" in caplog.text
     room = arena.take(65)
     wait_until(lambda: arena.num_chunks == 192, "less than a slab is free")
@@ -139,6 +142,14 @@ def test_slabs_are_pinned_ahead_as_far_as_memory_allows_and_each_once(caplog: py
     starts = {slab.data_ptr(): slab.data_ptr() + slab.nbytes for slab in pinned}
     for part in (*room.chunks, room.scales):
         assert any(a <= part.data_ptr() and part.data_ptr() + part.nbytes <= b for a, b in starts.items())
+
+
+def test_whoever_waits_for_it_does_not_wait_for_memory_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
+    arena = new_arena(lambda slab: None, free=LEFT_BYTES + 65 * CHUNK_BYTES)
+    arena.keep_ahead(100)
+    arena.wait_until_ahead()
+    assert arena.num_chunks == 64
+    assert "no room for" in caplog.text
 
 
 def wait_until(is_so: Callable[[], bool], why: str = "") -> None:
