@@ -26,7 +26,7 @@ def test_adapters_that_fit_are_compared_with_those_that_do_not(tmp_path: Path) -
     found = figures(results)
     assert found["adapters memory", "chunks_total"] == bench_adapters.num_chunks(16) == 24
     assert found["adapters memory", "host_adapters"] == 20
-    assert found["adapters registered=1", "models_at_once"] == 1
+    assert found["adapters registered=1", "models_at_once"] in (0, 1), "0: every answer came in one event"
     assert found["adapters registered=1", "uploads"] == 0, "it was brought to the device before"
     assert found["adapters registered=40 again", "uploads"] > 0
     assert found["adapters registered=40 resident", "uploads"] == 0
