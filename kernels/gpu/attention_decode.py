@@ -123,7 +123,7 @@ def attention_decode(q: Tensor, cache: Tensor, out: Tensor, plan: PagedPlan, sca
     most_split = launch.most_split_programs(q.device)
     num_programs = min(num_rows * num_kv_heads * launch.MAX_SPLITS, max(num_rows * num_kv_heads, most_split))
     size = num_programs * group_size
-    shape = launch.decode_shape(num_rows, group_size, head_dim, q.element_size())
+    shape = launch.decode_shape(num_rows, group_size, head_dim, q.element_size(), plan.tiles is not None)
     launch.run(
         _variant(shape, most_split, num_kv_heads, group_size, head_dim, block_size, plan.window is not None),
         (num_programs,), q, cache, out, plan.block_tables, plan.context_lens, plan.num_live,
