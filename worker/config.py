@@ -163,7 +163,9 @@ class WorkerConfig:
         default_text="512; on a GPU 1024 where no answer waits",
     )
     cuda_graph_max_bs: int = _setting(
-        256, "sequences in the largest step that is captured as a CUDA graph; without a GPU there are none"
+        256,
+        "sequences in the largest step of answers alone that is captured as a CUDA graph; steps with prompts are up to"
+        " 512 rows. Without a GPU there are none",
     )
     cuda_graph_dora: bool = _setting(
         False,
