@@ -256,8 +256,7 @@ def _make_engine(
         max_overtake_s=config.lora_drain_wait_threshold,
         is_fair=config.schedule_policy == "vtc",
         weights={BASE_CLIENT if name in base.card.names else name: w for name, w in config.adapter_weights},
-        max_alone_tokens=base.target.alone_prefill_size,
-        answers_count=base.target.device.type == "cuda",
+        prefill_budget=base.target.prefill_budget,
     )
     return Engine(
         base.card,
@@ -299,7 +298,7 @@ def _make_runner(config: WorkerConfig, base: Base, memory: DeviceMemory, start_u
         shallow = TritonRunner(
             decoder.shallow(), model, kv_cache, pool, max_chunks=max_chunks, max_rows=target.max_running_requests
         )
-        shallow.warm_up(target.alone_prefill_size)
+        shallow.warm_up(target.chunked_prefill_size)
     start_up.done("kernels")
     base.loading.finish()
     start_up.done("weights")
@@ -322,13 +321,13 @@ def _make_runner(config: WorkerConfig, base: Base, memory: DeviceMemory, start_u
         pool,
         last_tokens,
         graphs.memory,
-        max_rows=target.chunked_prefill_size,
+        max_rows=-(-target.chunked_prefill_size // 2),
         max_sequences=target.max_running_requests,
         **lengths,
     )
     start_up.done("graphs")
     runner = TritonRunner(decoder, model, kv_cache, pool, max_chunks=max_chunks, graphs=graphs, mixed=mixed)
-    runner.warm_up(target.alone_prefill_size)
+    runner.warm_up(target.chunked_prefill_size)
     start_up.done("prompts")
     return runner
 

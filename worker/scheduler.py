@@ -24,7 +24,7 @@ from worker.block_manager import BlockManager
 from worker.fair_queue import FairQueue, Turns
 from worker.sequence import ScheduledSequence, Sequence, SequenceStatus
 
-_QUANTUM_STEPS = 8  # of prompts beside answers; see Turns. Measured: tests/bench/LOG.md
+_QUANTUM_STEPS = 4  # of prompts; see Turns. Measured: tests/bench/LOG.md
 _NUM_PREFETCHED = 4  # adapters that are brought nearer before it is their turn
 
 
@@ -69,14 +69,12 @@ class Scheduler:
         max_overtake_s: float,
         is_fair: bool = True,
         weights: Mapping[str, float] = MappingProxyType({}),
-        max_alone_tokens: int | None = None,
-        answers_count: bool = False,
+        prefill_budget: Callable[[int], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """max_prefill_tokens: prompt tokens in one step. max_adapters: distinct adapters in one step, base not counted.
 
-        max_alone_tokens: prompt tokens in a step without answers, whom it would keep waiting (default: as many).
-        answers_count: answers take the place of as many of them, up to half, since a step's time is its rows'.
+        prefill_budget: of a step with so many answers, above 0, where it is not max_prefill_tokens for all.
         max_overtake_s: how long, from its arrival, others may freely pass one that waits for a place among the
         adapters. is_fair, weights: see FairQueue.
         """
@@ -88,9 +86,7 @@ class Scheduler:
         self._blocks = blocks
         self._adapters = adapters
         self._max_running = max_running
-        self._max_prefill_tokens = max_prefill_tokens
-        self._max_alone_tokens = max_alone_tokens or max_prefill_tokens
-        self._answers_count = answers_count
+        self._prefill_budget = prefill_budget or (lambda num_answers: max_prefill_tokens)
         self._max_adapters = max_adapters
         self._quantum = _QUANTUM_STEPS * max_prefill_tokens if is_fair else 0.0
         self._max_overtake_s = max_overtake_s
@@ -163,9 +159,7 @@ class Scheduler:
 
     def _schedule_prefills(self, step: dict[int, ScheduledSequence], prefills: list[Sequence]) -> None:
         """Spends the prefill budget on running prompts and on new sequences."""
-        budget = self._max_prefill_tokens if step else self._max_alone_tokens
-        if self._answers_count:
-            budget -= min(len(step), budget // 2)
+        budget = self._prefill_budget(len(step))
         long = prefills.pop(0) if prefills and prefills[0].num_uncomputed_tokens > budget else None
         if long is not None:
             budget -= self._extend(step, long, budget - budget // 2)
