@@ -77,6 +77,13 @@ class Bucket:
         self.graphs: list[Captured] = []  # without adapters, with, with magnitudes
         self.adapted: list[Adapted] = []  # what the work list describes
 
+    def beside_prompts(self) -> Step:
+        """The base model's step as if prompts stood behind its rows, which then take other kernels. To be compiled."""
+        step = self.steps[0]
+        assert isinstance(step.attention, PagedPlan)
+        tiles = torch.zeros(1, 4, dtype=torch.int32, device=self.magnitudes.device)
+        return dataclasses.replace(step, attention=dataclasses.replace(step.attention, tiles=tiles))
+
     def set_adapters(self, adapted: list[Adapted], rescaled: Rescaled | None) -> None:
         """Brings the work list up to date; a batch that goes on decoding has the same one."""
         assert self.work is not None and self._pool is not None
@@ -148,7 +155,7 @@ class DecodeGraphs:
         whole, self._model = self._model, self._model.shallow()
         with launch.compiling():
             for bucket in self._of.values():
-                for step in bucket.steps:
+                for step in (*bucket.steps, bucket.beside_prompts()):
                     self._run(bucket, step)
         self._model = whole
         pool = torch.cuda.graph_pool_handle()
