@@ -9,15 +9,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PagedPlan:
-    """Row i < num_decodes is the only one of sequence i; the rows behind them stand in tiles.
+    """Row i < num_live is the only one of sequence i; the rows behind them stand in tiles, or are padding.
 
     A captured graph keeps the tensors' addresses and their shapes; what they hold may change from step to step.
     """
 
     block_tables: Tensor  # int32 [num_sequences, max_blocks]
-    context_lens: Tensor  # int32 [num_sequences]: tokens with KV, this step's included; 0: a row of padding
-    num_decodes: int
-    tiles: Tensor | None  # int32 [num_tiles, 4]: sequence, first row, rows, position of the first. None: decodes alone
+    context_lens: Tensor  # int32 [num_sequences]: tokens with KV, this step's included
+    num_decodes: int  # the most that num_live may be; 0: there are tiles alone
+    num_live: Tensor  # int32 [1]
+    # int32 [num_tiles, 4]: sequence, first row, rows (none: an empty tile), position of the first. None: decodes alone
+    tiles: Tensor | None
     window: int | None  # a token sees so many tokens, itself included
     semaphores: Tensor  # int32 [at least num_decodes · num_kv_heads], zero between kernels
 
@@ -42,6 +44,7 @@ class PagedPlan:
             block_tables=block_tables,
             context_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
             num_decodes=num_decodes,
+            num_live=torch.tensor([num_decodes], dtype=torch.int32, device=device),
             tiles=torch.tensor(tiles, dtype=torch.int32, device=device) if tiles else None,
             window=window,
             semaphores=torch.zeros(max(1, num_decodes) * num_kv_heads, dtype=torch.int32, device=device),

@@ -5,7 +5,6 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,19 +236,6 @@ def _make_adapters(
     )
 
 
-def _answer_rows(base: Base) -> Callable[[int], int]:
-    """Prompt tokens that a step's answers take the place of: see Scheduler.
-
-    On a GPU a step's rows fill tiles of its GEMMs: 1024 prompt tokens take 19.5 to 20.2 ms of GEMMs on an H200, with 60
-    answers beside them 22.8 to 23.1.
-    """
-    if base.target.device.type != "cuda":
-        return lambda num_answers: 0
-    from worker.paged_input import BUCKETS, padded
-
-    return lambda num_answers: padded(num_answers, BUCKETS)
-
-
 def _make_engine(
     config: WorkerConfig,
     base: Base,
@@ -270,7 +256,7 @@ def _make_engine(
         max_overtake_s=config.lora_drain_wait_threshold,
         is_fair=config.schedule_policy == "vtc",
         weights={BASE_CLIENT if name in base.card.names else name: w for name, w in config.adapter_weights},
-        answer_rows=_answer_rows(base),
+        answers_count=base.target.device.type == "cuda",
     )
     return Engine(
         base.card,
@@ -304,6 +290,7 @@ def _make_runner(config: WorkerConfig, base: Base, memory: DeviceMemory, start_u
     from kernels.gpu import launch
     from worker.decode_graphs import DecodeGraphs
     from worker.last_tokens import LastTokens
+    from worker.mixed_graphs import MixedGraphs
     from worker.triton_runner import TritonRunner
 
     max_chunks = _max_chunks(config, base)
@@ -315,19 +302,31 @@ def _make_runner(config: WorkerConfig, base: Base, memory: DeviceMemory, start_u
     start_up.done("kernels")
     base.loading.finish()
     start_up.done("weights")
+    last_tokens = LastTokens(model.vocab_size, target.max_running_requests, target.device)
+    lengths = {"max_chunks": max_chunks, "max_model_len": base.plan.max_model_len}
     graphs = DecodeGraphs(
         decoder,
         model,
         kv_cache,
         pool,
-        LastTokens(model.vocab_size, target.max_running_requests, target.device),
+        last_tokens,
         max_rows=min(config.cuda_graph_max_bs, target.max_running_requests),
-        max_chunks=max_chunks,
-        max_model_len=base.plan.max_model_len,
         with_magnitudes=config.cuda_graph_dora,
+        **lengths,
+    )
+    mixed = MixedGraphs(
+        decoder,
+        model,
+        kv_cache,
+        pool,
+        last_tokens,
+        graphs.memory,
+        max_rows=target.chunked_prefill_size,
+        max_sequences=target.max_running_requests,
+        **lengths,
     )
     start_up.done("graphs")
-    runner = TritonRunner(decoder, model, kv_cache, pool, max_chunks=max_chunks, graphs=graphs)
+    runner = TritonRunner(decoder, model, kv_cache, pool, max_chunks=max_chunks, graphs=graphs, mixed=mixed)
     runner.warm_up(target.chunked_prefill_size)
     start_up.done("prompts")
     return runner

@@ -157,10 +157,10 @@ class WorkerConfig:
     max_queued_requests: int = _setting(2048, "unfinished sequences that one gateway may have; beyond it 429")
     chunked_prefill_size: int | None = _setting(
         None,
-        "prompt tokens in one step, which running answers do not count in: more of them shorten the wait for a first"
-        " token, and lengthen that between the others' tokens",
+        "prompt tokens in one step; on a GPU, where up to 512 run in a CUDA graph, running answers take the place of as"
+        " many, up to half. Fewer of them shorten the wait between the others' tokens",
         type=int,
-        default_text="1024 on a GPU, 512 on the CPU",
+        default_text="512",
     )
     cuda_graph_max_bs: int = _setting(
         256, "sequences in the largest step that is captured as a CUDA graph; without a GPU there are none"

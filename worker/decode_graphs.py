@@ -9,8 +9,8 @@ what changes from step to step stands in buffers at fixed addresses.
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ from torch import Tensor
 from kernels import PagedPlan, Rescaled, WorkList
 from kernels.gpu import argmax, launch
 from worker.adapter_pool import AdapterPool
+from worker.graph_capture import capture
 from worker.kv_cache import KVCache
 from worker.last_tokens import LastTokens
 from worker.layers.side_stream import MAX_ROWS, SideStream
 from worker.layers.step import Lora, Step
 from worker.model_config import ModelConfig
 from worker.models.decoder import Decoder
-from worker.paged_input import BUCKETS, TABLE_STEP, Adapted, StepRows, work_of
+from worker.paged_input import BUCKETS, Adapted, StepRows, table_width, work_of
 from worker.step_buffers import StepBuffers
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Bucket:
             block_tables=self.buffers.block_tables,
             context_lens=self.buffers.context_lens,
             num_decodes=num_rows,
+            num_live=self.buffers.num_live,
             tiles=None,
             window=window,
             semaphores=torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=device),
@@ -76,13 +78,6 @@ class Bucket:
                 self.steps.append(Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, lora))
         self.graphs: list[Captured] = []  # without adapters, with, with magnitudes
         self.adapted: list[Adapted] = []  # what the work list describes
-
-    def beside_prompts(self) -> Step:
-        """The base model's step as if prompts stood behind its rows, which then take other kernels. To be compiled."""
-        step = self.steps[0]
-        assert isinstance(step.attention, PagedPlan)
-        tiles = torch.zeros(1, 4, dtype=torch.int32, device=self.magnitudes.device)
-        return dataclasses.replace(step, attention=dataclasses.replace(step.attention, tiles=tiles))
 
     def set_adapters(self, adapted: list[Adapted], rescaled: Rescaled | None) -> None:
         """Brings the work list up to date; a batch that goes on decoding has the same one."""
@@ -117,11 +112,12 @@ class DecodeGraphs:
         """
         self.buckets = (*(bucket for bucket in BUCKETS if bucket < max_rows), max_rows)
         self.last_tokens = last_tokens
+        self.memory: Any = torch.cuda.graph_pool_handle()  # of all graphs: no two run at once
         self._model = model
         self._with_magnitudes = with_magnitudes
         device = kv_cache.data.device
         side = SideStream(device)
-        width = -(-max_model_len // (kv_cache.block_size * TABLE_STEP)) * TABLE_STEP
+        width = table_width(max_model_len, kv_cache.block_size)
         self._of = {
             num_rows: Bucket(num_rows, width, kv_cache, config.sliding_window, pool, max_chunks, side, with_magnitudes)
             for num_rows in self.buckets
@@ -130,18 +126,18 @@ class DecodeGraphs:
 
     def fits(self, rows: StepRows, rescaled: Rescaled | None) -> bool:
         """Whether there is a graph for these rows, of which some may have magnitudes."""
-        return not rows.prefills and rows.num_padded in self._of and (self._with_magnitudes or rescaled is None)
+        return not rows.prefills and rows.num_rows in self._of and (self._with_magnitudes or rescaled is None)
 
     def replay(self, rows: StepRows, adapted: list[Adapted], rescaled: Rescaled | None = None) -> tuple[Tensor, Tensor]:
         """Enqueues a step that fits: each row's best token (-1: no number) and logits, padding included.
 
         They are overwritten by the next replay.
         """
-        bucket = self._of[rows.num_padded]
+        bucket = self._of[rows.num_rows]
         bucket.buffers.fill(rows.decodes, self.last_tokens)
         if adapted:
             bucket.set_adapters(adapted, rescaled)
-        captured = self.captured(rows.num_padded, bool(adapted), rescaled is not None)
+        captured = self.captured(rows.num_rows, bool(adapted), rescaled is not None)
         captured.graph.replay()
         return captured.tokens, captured.logits
 
@@ -155,23 +151,15 @@ class DecodeGraphs:
         whole, self._model = self._model, self._model.shallow()
         with launch.compiling():
             for bucket in self._of.values():
-                for step in (*bucket.steps, bucket.beside_prompts()):
+                for step in bucket.steps:
                     self._run(bucket, step)
         self._model = whole
-        pool = torch.cuda.graph_pool_handle()
         for num_rows in reversed(self.buckets):  # the largest first: the smaller ones fit into its memory
             bucket = self._of[num_rows]
-            bucket.graphs.extend(self._capture(bucket, pool))
+            for step in bucket.steps:
+                graph, made = capture(partial(self._run, bucket, step), self.memory)
+                bucket.graphs.append(Captured(graph, *made))
             log.info("CUDA graphs: %d sequences done", num_rows)
-
-    def _capture(self, bucket: Bucket, pool: Any) -> Iterator[Captured]:
-        for step in bucket.steps:
-            self._run(bucket, step)  # compiles what is not compiled yet, and lets cuBLAS choose
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                tokens, logits = self._run(bucket, step)
-            yield Captured(graph, tokens, logits)
 
     def _run(self, bucket: Bucket, step: Step) -> tuple[Tensor, Tensor]:
         token_ids = self.last_tokens.ids(bucket.buffers.codes)

@@ -20,9 +20,10 @@ class Defaults:
 
 
 CPU_DEFAULTS = Defaults(16, 32, 512, 0.5)
-# The attention kernels read the keys of 64 tokens at once. 1024 prompt tokens of an 8B model are 21 ms of an H200's
-# tensor cores at their best, which bounds what others' tokens wait. Graphs and activations get a tenth of the memory.
-GPU_DEFAULTS = Defaults(64, 256, 1024, 0.9)
+# The attention kernels read the keys of 64 tokens at once. 512 rows of an 8B model are 10 ms of an H200's tensor cores,
+# which bounds what others' tokens wait, and more rows are not done faster; see MixedGraphs. Graphs and activations get
+# a tenth of the memory.
+GPU_DEFAULTS = Defaults(64, 256, 512, 0.9)
 
 
 @dataclass(frozen=True, slots=True)

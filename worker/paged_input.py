@@ -1,7 +1,7 @@
 """Paged input: a scheduled batch as the rows of one step for the Triton kernels.
 
-Sequences with one token come first, filled up with rows of padding to a bucket, so that kernels and graphs meet few
-sizes; those with several tokens follow. A row of padding has no context and writes nowhere.
+Sequences with one token come first, those with several tokens follow, and rows of padding fill the step up to a size
+that there is a graph for. A row of padding belongs to no sequence and writes nowhere.
 """
 
 from array import array
@@ -20,10 +20,10 @@ from worker.last_tokens import LastTokens
 from worker.layers.step import Step
 from worker.model_config import ModelConfig
 from worker.sequence import ScheduledSequence
-from worker.step_buffers import NO_SLOT
 from worker.transfer import upload_arrays
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+NO_SLOT = -1
 # Tables grow by so many blocks: a kernel is compiled anew for a stride of another divisibility.
 TABLE_STEP = 16
 
@@ -33,31 +33,33 @@ class StepRows:
     """The rows of one step, still on the host."""
 
     decodes: list[ScheduledSequence]  # one row each
-    num_padded: int  # rows of the decodes and the padding behind them
     prefills: list[ScheduledSequence]
     first_rows: list[int]  # of the decodes, then of the prefills
+    num_rows: int  # padding included
 
     @property
-    def num_rows(self) -> int:
-        return self.num_padded + sum(scheduled.num_tokens for scheduled in self.prefills)
+    def shares(self) -> list[ScheduledSequence]:
+        """All of them, in the order of their rows."""
+        return [*self.decodes, *self.prefills]
 
 
-def lay_out(batch: list[ScheduledSequence], buckets: tuple[int, ...] = BUCKETS) -> StepRows:
-    """The rows of a batch (not empty)."""
+def lay_out(
+    batch: list[ScheduledSequence], buckets: tuple[int, ...] = BUCKETS, with_prompts: tuple[int, ...] = ()
+) -> StepRows:
+    """The rows of a batch (not empty). buckets: sizes of steps of decodes alone; with_prompts: of others."""
     decodes = [scheduled for scheduled in batch if scheduled.num_tokens == 1]
     prefills = [scheduled for scheduled in batch if scheduled.num_tokens > 1] if len(decodes) < len(batch) else []
-    num_padded = padded(len(decodes), buckets)
     first_rows = list(range(len(decodes)))
-    row = num_padded
+    row = len(decodes)
     for scheduled in prefills:
         first_rows.append(row)
         row += scheduled.num_tokens
-    return StepRows(decodes, num_padded, prefills, first_rows)
+    return StepRows(decodes, prefills, first_rows, padded(row, with_prompts if prefills else buckets))
 
 
-def padded(num_rows: int, buckets: tuple[int, ...]) -> int:
-    """The bucket that holds so many rows; beyond the largest, the number itself."""
-    return next((bucket for bucket in (0, *buckets) if bucket >= num_rows), num_rows)
+def padded(num_rows: int, sizes: tuple[int, ...]) -> int:
+    """The smallest of ascending sizes that holds so many rows; beyond the largest, the number itself."""
+    return next((size for size in sizes if size >= num_rows), num_rows)
 
 
 # A generation, its chunks in the pool, its rows of the step.
@@ -67,7 +69,7 @@ Adapted = tuple[int, tuple[int, ...], list[int]]
 def adapted_rows(rows: StepRows, pool: AdapterPool | None) -> list[Adapted]:
     """Who goes through which adapter; empty if every row is the base model's."""
     by_generation: dict[int, list[int]] = {}
-    for scheduled, row in zip((*rows.decodes, *rows.prefills), rows.first_rows, strict=True):
+    for scheduled, row in zip(rows.shares, rows.first_rows, strict=True):
         generation = scheduled.sequence.generation
         if generation != BASE_GENERATION:
             by_generation.setdefault(generation, []).extend(range(row, row + scheduled.num_tokens))
@@ -101,25 +103,29 @@ def work_list(adapted: list[Adapted], num_rows: int, pool: AdapterPool, max_chun
 
 
 @dataclass(frozen=True, slots=True)
-class EagerStep:
-    """A step that is no graph's, in tensors of its own."""
+class RowArrays:
+    """What the device must know of a step's rows, but for block tables, as arrays on the host."""
 
-    codes: Tensor  # int64 [num_rows], for LastTokens
-    step: Step  # without adapters
+    codes: "array[int]"  # int64, as the two behind it: a number for each row
+    positions: "array[int]"
+    slots: "array[int]"
+    sample_rows: "array[int]"  # int64 [len(sampled)]: where their logits come from
+    context_lens: "array[int]"  # int32 [sequences]
+    tiles: "array[int]"  # int32 [tiles, 4]
+    num_live: "array[int]"  # int32 [1]; these three as in PagedPlan
     sampled: list[ScheduledSequence]
-    sample_rows: Tensor  # int64 [len(sampled)]: where their logits come from
+
+    def all(self) -> "list[array[int]]":
+        """In this order."""
+        numbers = [self.codes, self.positions, self.slots, self.sample_rows]
+        return [*numbers, self.context_lens, self.tiles, self.num_live]
 
 
-def eager_step(rows: StepRows, kv_cache: KVCache, config: ModelConfig, last_tokens: LastTokens) -> EagerStep:
-    """Everything that the device must know of the rows, in one copy."""
-    block_size = kv_cache.block_size
-    padding = rows.num_padded - len(rows.decodes)
+def row_arrays(rows: StepRows, block_size: int, per_tile: int, last_tokens: LastTokens) -> RowArrays:
+    """per_tile: tokens_per_tile of the model."""
     codes, positions, slots, sample_rows = array("q"), array("q"), array("q"), array("q")
     sampled = []
-    for scheduled, first_row in zip((*rows.decodes, *rows.prefills), rows.first_rows, strict=True):
-        if first_row == rows.num_padded:  # the first prefill
-            _pad(codes, positions, slots, padding)
-            padding = 0
+    for scheduled, first_row in zip(rows.shares, rows.first_rows, strict=True):
         start, end, table = scheduled.start, scheduled.end, scheduled.sequence.block_table
         assert start < end <= len(table) * block_size
         codes.extend(last_tokens.codes(scheduled))
@@ -128,47 +134,63 @@ def eager_step(rows: StepRows, kv_cache: KVCache, config: ModelConfig, last_toke
         if scheduled.samples:
             sampled.append(scheduled)
             sample_rows.append(first_row + scheduled.num_tokens - 1)
-    _pad(codes, positions, slots, padding)
-    arrays = [codes, positions, slots, sample_rows, *_plan_arrays(rows, kv_cache, config)]
-    on_device = upload_arrays(arrays, kv_cache.data.device)
-    plan = _plan(rows, on_device[4:], config)
-    step = Step(on_device[1], on_device[2], plan, kv_cache.layers, None)
-    return EagerStep(on_device[0], step, sampled, on_device[3])
-
-
-def _pad(codes: "array[int]", positions: "array[int]", slots: "array[int]", padding: int) -> None:
+    padding = rows.num_rows - len(codes)
     codes.extend([0] * padding)
     positions.extend([0] * padding)
     slots.extend([NO_SLOT] * padding)
+    context_lens = [scheduled.end for scheduled in rows.shares]
+    tiles = tiles_of([s.num_tokens for s in rows.shares], context_lens, len(rows.decodes), per_tile)
+    flat = array("i", [number for tile in tiles for number in tile])
+    live = array("i", [len(rows.decodes)])
+    return RowArrays(codes, positions, slots, sample_rows, array("i", context_lens), flat, live, sampled)
 
 
-def _plan_arrays(rows: StepRows, kv_cache: KVCache, config: ModelConfig) -> "list[array[int]]":
-    """Context lengths, block tables and tiles of the prefills."""
-    padding = rows.num_padded - len(rows.decodes)
-    entries = [*rows.decodes, *[None] * padding, *rows.prefills]
-    context_lens = [scheduled.end if scheduled else 0 for scheduled in entries]
-    widest = -(-max(context_lens) // kv_cache.block_size)
-    width = -(-widest // TABLE_STEP) * TABLE_STEP
-    tables = array("i")
-    for scheduled in entries:
-        table = scheduled.sequence.block_table[:width] if scheduled else []
-        tables.extend(table)
-        tables.extend([0] * (width - len(table)))
-    group_size = config.num_heads // config.num_kv_heads
-    per_tile = launch.tokens_per_tile(group_size, config.head_dim, kv_cache.data.element_size())
-    query_lens = [*[1] * rows.num_padded, *(scheduled.num_tokens for scheduled in rows.prefills)]
-    tiles = tiles_of(query_lens, context_lens, rows.num_padded, per_tile)
-    return [array("i", context_lens), tables, array("i", [number for tile in tiles for number in tile])]
+def tokens_per_tile(config: ModelConfig, element_size: int) -> int:
+    """Of PagedPlan.tiles."""
+    return launch.tokens_per_tile(config.num_heads // config.num_kv_heads, config.head_dim, element_size)
 
 
-def _plan(rows: StepRows, on_device: list[Tensor], config: ModelConfig) -> PagedPlan:
-    context_lens, tables, tiles = on_device
-    num_semaphores = max(1, rows.num_padded) * config.num_kv_heads
-    return PagedPlan(
+@dataclass(frozen=True, slots=True)
+class EagerStep:
+    """A step whose tensors are made for it alone."""
+
+    codes: Tensor  # int64 [num_rows], for LastTokens
+    step: Step  # without adapters
+    sampled: list[ScheduledSequence]
+    sample_rows: Tensor  # int64 [len(sampled)]
+
+
+def eager_step(rows: StepRows, kv_cache: KVCache, config: ModelConfig, last_tokens: LastTokens) -> EagerStep:
+    """Everything that the device must know of the rows, in one copy."""
+    per_tile = tokens_per_tile(config, kv_cache.data.element_size())
+    arrays = row_arrays(rows, kv_cache.block_size, per_tile, last_tokens)
+    on_device = upload_arrays([*arrays.all(), _block_tables(rows, kv_cache.block_size)], kv_cache.data.device)
+    codes, positions, slots, sample_rows, context_lens, tiles, num_live, tables = on_device
+    num_decodes = len(rows.decodes)
+    plan = PagedPlan(
         block_tables=tables.view(len(context_lens), -1),
         context_lens=context_lens,
-        num_decodes=rows.num_padded,
+        num_decodes=num_decodes,
+        num_live=num_live,
         tiles=tiles.view(-1, 4) if rows.prefills else None,
         window=config.sliding_window,
-        semaphores=torch.zeros(num_semaphores, dtype=torch.int32, device=tables.device),
+        semaphores=torch.zeros(max(1, num_decodes) * config.num_kv_heads, dtype=torch.int32, device=tables.device),
     )
+    step = Step(positions, slots, plan, kv_cache.layers, None)
+    return EagerStep(codes, step, arrays.sampled, sample_rows)
+
+
+def table_width(context_len: int, block_size: int) -> int:
+    """Of block tables, for contexts of up to so many tokens."""
+    return -(-context_len // (block_size * TABLE_STEP)) * TABLE_STEP
+
+
+def _block_tables(rows: StepRows, block_size: int) -> "array[int]":
+    """Of all sequences, equally wide."""
+    width = table_width(max(scheduled.end for scheduled in rows.shares), block_size)
+    tables = array("i")
+    for scheduled in rows.shares:
+        table = scheduled.sequence.block_table[:width]
+        tables.extend(table)
+        tables.extend([0] * (width - len(table)))
+    return tables

@@ -69,12 +69,12 @@ class Scheduler:
         max_overtake_s: float,
         is_fair: bool = True,
         weights: Mapping[str, float] = MappingProxyType({}),
-        answer_rows: Callable[[int], int] = lambda num_answers: 0,
+        answers_count: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """max_prefill_tokens: prompt tokens in one step. max_adapters: distinct adapters in one step, base not counted.
 
-        answer_rows: how many of the prompt tokens so many answers of a step take the place of, up to half of them.
+        answers_count: answers take the place of as many of them, up to half, since a step's time is its rows'.
         max_overtake_s: how long, from its arrival, others may freely pass one that waits for a place among the
         adapters. is_fair, weights: see FairQueue.
         """
@@ -87,7 +87,7 @@ class Scheduler:
         self._adapters = adapters
         self._max_running = max_running
         self._max_prefill_tokens = max_prefill_tokens
-        self._answer_rows = answer_rows
+        self._answers_count = answers_count
         self._max_adapters = max_adapters
         self._quantum = _QUANTUM_STEPS * max_prefill_tokens if is_fair else 0.0
         self._max_overtake_s = max_overtake_s
@@ -160,7 +160,9 @@ class Scheduler:
 
     def _schedule_prefills(self, step: dict[int, ScheduledSequence], prefills: list[Sequence]) -> None:
         """Spends the prefill budget on running prompts and on new sequences."""
-        budget = self._max_prefill_tokens - min(self._answer_rows(len(step)), self._max_prefill_tokens // 2)
+        budget = self._max_prefill_tokens
+        if self._answers_count:
+            budget -= min(len(step), budget // 2)
         long = prefills.pop(0) if prefills and prefills[0].num_uncomputed_tokens > budget else None
         if long is not None:
             budget -= self._extend(step, long, budget - budget // 2)

@@ -25,20 +25,31 @@ def upload(source: Tensor, device: torch.device) -> Tensor:
     return source.pin_memory().to(device, non_blocking=True)
 
 
-def upload_arrays(arrays: "list[array[int]]", device: torch.device) -> list[Tensor]:
-    """Arrays of 8-byte (q) or 4-byte (i) integers as tensors on the device, in one copy."""
-    starts, size = [], 0
+def upload_arrays(arrays: "list[array[int]]", device: torch.device, into: Tensor | None = None) -> list[Tensor]:
+    """Arrays of 8-byte (q) or 4-byte (i) integers as tensors on the device, in one copy.
+
+    into: uint8, as many bytes as packed_size says of these arrays: memory that the tensors are to lie in. Arrays of
+    the same lengths come to the same addresses.
+    """
+    host = host_tensor((packed_size(arrays),), torch.uint8, device)
+    spans, start = [], 0
     for values in arrays:
-        starts.append(size)
-        size += -(-len(values) * values.itemsize // ALIGNMENT) * ALIGNMENT
-    host = host_tensor((max(size, ALIGNMENT),), torch.uint8, device)
-    for start, values in zip(starts, arrays, strict=True):
+        end = start + len(values) * values.itemsize
         if values:
-            num_bytes = len(values) * values.itemsize
-            host[start : start + num_bytes] = torch.frombuffer(values, dtype=torch.uint8)
-    data = host.to(device, non_blocking=True)
-    spans = zip(starts, arrays, strict=True)
-    return [data[s : s + len(a) * a.itemsize].view(_DTYPES[a.typecode]) for s, a in spans]
+            host[start:end] = torch.frombuffer(values, dtype=torch.uint8)
+        spans.append((start, end))
+        start = _aligned(end)
+    data = host.to(device, non_blocking=True) if into is None else into.copy_(host, non_blocking=True)
+    return [data[start:end].view(_DTYPES[a.typecode]) for (start, end), a in zip(spans, arrays, strict=True)]
+
+
+def packed_size(arrays: "list[array[int]]") -> int:
+    """Bytes of the one copy of upload_arrays."""
+    return max(ALIGNMENT, sum(_aligned(len(values) * values.itemsize) for values in arrays))
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 class Download:

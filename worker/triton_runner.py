@@ -15,9 +15,10 @@ from worker.last_tokens import LastTokens
 from worker.launched_step import LaunchedStep
 from worker.layers.side_stream import MAX_ROWS, SideStream
 from worker.layers.step import Lora
+from worker.mixed_graphs import Hidden, MixedGraphs
 from worker.model_config import ModelConfig
 from worker.models.decoder import Decoder
-from worker.paged_input import BUCKETS, Adapted, EagerStep, StepRows, adapted_rows, eager_step, lay_out, work_list
+from worker.paged_input import BUCKETS, Adapted, StepRows, adapted_rows, eager_step, lay_out, work_list
 from worker.prompt_logprobs import is_scored, score_prompts
 from worker.sampler import Draws, Sampler
 from worker.sequence import ScheduledSequence, Sequence
@@ -39,17 +40,18 @@ class TritonRunner:
         max_chunks: int = 1,
         max_rows: int = 256,
         graphs: DecodeGraphs | None = None,
+        mixed: MixedGraphs | None = None,
     ) -> None:
         """max_chunks: of one adapter. max_rows: sequences in one step; with graphs, their LastTokens say it.
 
-        graphs: captured, of the same model, cache and pool.
+        graphs, mixed: captured, of the same model, cache, pool and LastTokens.
         """
         self.model = model
         self.kv_cache = kv_cache
         self.pool = pool
         self._config = config
         self._max_chunks = max_chunks
-        self._graphs = graphs
+        self._graphs, self._mixed = graphs, mixed
         self._buckets = graphs.buckets if graphs is not None else BUCKETS
         self._sampler = Sampler(config.eos_token_ids, _draw)
         device = kv_cache.data.device
@@ -62,7 +64,7 @@ class TritonRunner:
 
         Nothing here waits for the device, so that the step is there before the one at work is done.
         """
-        rows = lay_out(batch, self._buckets)
+        rows = lay_out(batch, self._buckets, self._mixed.sizes if self._mixed is not None else ())
         adapted = adapted_rows(rows, self.pool)
         sampled = [scheduled for scheduled in batch if scheduled.samples]
         of_adapters = {generation: of_adapter for generation, _, of_adapter in adapted}
@@ -72,11 +74,14 @@ class TritonRunner:
             tokens, logits = self._graphs.replay(rows, adapted, rescaled)
             of_sampled = [row for row, scheduled in enumerate(batch) if scheduled.samples]
             return LaunchedStep(self._sampler, self._last_tokens, sampled, of_sampled, logits, tokens)
-        eager = eager_step(rows, self.kv_cache, self._config, self._last_tokens)
-        hidden = self._forward(rows, eager, [entry for entry in adapted if entry[1]], rescaled, edges)
-        scores = score_prompts((*rows.decodes, *rows.prefills), rows.first_rows, hidden, self._logits)
-        logits, tokens = self._best(hidden, eager)
-        place = {scheduled.sequence.sequence_id: row for row, scheduled in enumerate(eager.sampled)}
+        in_layers = [entry for entry in adapted if entry[1]]
+        if self._mixed is not None and edges is None and rescaled is None and self._mixed.fits(rows):
+            hidden = self._mixed.replay(rows, in_layers)
+        else:
+            hidden = self._eager(rows, in_layers, rescaled, edges)
+        scores = score_prompts(rows.shares, rows.first_rows, hidden.states, self._logits)
+        logits, tokens = self._best(hidden)
+        place = {scheduled.sequence.sequence_id: row for row, scheduled in enumerate(hidden.sampled)}
         of_sampled = [place[scheduled.sequence.sequence_id] for scheduled in sampled]
         return LaunchedStep(self._sampler, self._last_tokens, sampled, of_sampled, logits, tokens, scores)
 
@@ -90,12 +95,11 @@ class TritonRunner:
             sampling = SamplingParams(max_tokens=1, temperature=0.0)
             sequence = Sequence(0, [0] * num_tokens, num_tokens, sampling, 0, block_table=blocks)
             rows = lay_out([sequence.share(num_tokens)], self._buckets)
-            eager = eager_step(rows, self.kv_cache, self._config, self._last_tokens)
-            self._best(self._forward(rows, eager, []), eager)
+            self._best(self._eager(rows, []))
             if self.pool is not None:
                 all_rows = list(range(num_tokens))
                 rescaled = Rescaled.of([all_rows], [0], self.pool.chunks.device)
-                self._forward(rows, eager, [(0, (0,), all_rows)], rescaled)
+                self._eager(rows, [(0, (0,), all_rows)], rescaled)
         self._warm_up_draws()
 
     def _warm_up_draws(self) -> None:
@@ -108,32 +112,29 @@ class TritonRunner:
             _draw(torch.zeros(num_rows, vocab_size, device=device), draws)
             num_rows *= 2
 
-    def _forward(
-        self,
-        rows: StepRows,
-        eager: EagerStep,
-        adapted: list[Adapted],
-        rescaled: Rescaled | None = None,
-        edges: Edges | None = None,
-    ) -> Tensor:
-        """Hidden states [num_rows, hidden_size]. adapted: whose adapters have chunks in the layers."""
+    def _eager(
+        self, rows: StepRows, adapted: list[Adapted], rescaled: Rescaled | None = None, edges: Edges | None = None
+    ) -> Hidden:
+        """A step launched kernel by kernel. adapted: whose adapters have chunks in the layers."""
+        eager = eager_step(rows, self.kv_cache, self._config, self._last_tokens)
         step = dataclasses.replace(eager.step, edges=edges)
         if adapted:
             assert self.pool is not None
             work = work_list(adapted, rows.num_rows, self.pool, self._max_chunks)
             side = self._side if rows.num_rows <= MAX_ROWS else None
             step = dataclasses.replace(step, lora=Lora(self.pool.chunks, work, side, rescaled))
-        return self.model.forward(self._last_tokens.ids(eager.codes), step)
+        states = self.model.forward(self._last_tokens.ids(eager.codes), step)
+        return Hidden(states, eager.sampled, eager.sample_rows)
 
     def _logits(self, hidden: Tensor, generations: list[int]) -> Tensor:
         return self.model.logits(hidden, edges_of_each(generations, self.pool))
 
-    def _best(self, hidden: Tensor, eager: EagerStep) -> tuple[Tensor, Tensor]:
+    def _best(self, hidden: Hidden) -> tuple[Tensor, Tensor]:
         """Logits and best tokens of the rows that sample; the next step finds them."""
-        if not eager.sampled:
-            return hidden[:0], torch.empty(0, dtype=torch.int64, device=hidden.device)
-        generations = [scheduled.sequence.generation for scheduled in eager.sampled]
-        logits = self._logits(hidden.index_select(0, eager.sample_rows), generations)
+        if not hidden.sampled:
+            return hidden.states[:0], torch.empty(0, dtype=torch.int64, device=hidden.states.device)
+        generations = [scheduled.sequence.generation for scheduled in hidden.sampled]
+        logits = self._logits(hidden.states.index_select(0, hidden.sample_rows), generations)
         tokens = argmax(logits, launch.semaphores(logits.device))
         self._last_tokens.keep(tokens)
         return logits, tokens

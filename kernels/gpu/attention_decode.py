@@ -20,22 +20,22 @@ from kernels.paged_plan import PagedPlan
 
 @triton.jit
 def _combine(
-    partials, stats, out, heads, is_head, num_used, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+    partials, stats, out, heads, is_head, num_splits, num_used, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The parts of one row's heads added up, always in the same order. partials, stats, out point to the row's own."""
     dims = tl.arange(0, BLOCK_D)
     mask = is_head[:, None] & (dims < HEAD_DIM)[None, :]
-    splits = tl.arange(0, SPLITS_PADDED)
+    splits = tl.arange(0, MAX_SPLITS)
     is_part = is_head[:, None] & (splits < num_used)[None, :]
-    pairs = stats + (heads[:, None] * NUM_SPLITS + splits[None, :]) * 2
+    pairs = stats + (heads[:, None] * num_splits + splits[None, :]) * 2
     bests = tl.load(pairs, mask=is_part, other=LOWEST, cache_modifier=".cg")
     totals = tl.load(pairs + 1, mask=is_part, other=0.0, cache_modifier=".cg")
     best = tl.max(bests, 1)
     total = tl.where(is_head, tl.sum(totals * tl.exp2(bests - best[:, None]), 1), 1.0)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for part in tl.range(0, num_used, loop_unroll_factor=8):  # so that loads do not wait for one another
-        place = heads * NUM_SPLITS + part
+        place = heads * num_splits + part
         weight = tl.exp2(tl.load(stats + place * 2, mask=is_head, other=LOWEST, cache_modifier=".cg") - best)
         values = tl.load(
             partials + place[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0, cache_modifier=".cg"
@@ -120,24 +120,25 @@ def _attend(
 
 @triton.jit
 def _attention_decode(
-    q, cache, out, block_tables, context_lens, partials, stats, semaphores, cos, signed_sin, slot_mapping, scale,
-    q_stride, cos_stride, table_stride, block_stride, window, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    q, cache, out, block_tables, context_lens, num_live, partials, stats, semaphores, cos, signed_sin, slot_mapping,
+    scale, q_stride, cos_stride, table_stride, block_stride, window, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BLOCK_D: tl.constexpr, MAX_SPLITS: tl.constexpr, MOST_SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
     FOLDS_ROTARY: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
-    kv_head = tl.program_id(0)
-    split = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
     let_next_start(IS_EARLY)
-    context_len = tl.load(context_lens + row)  # of the step, not of the kernel before: as are the block tables
+    num_rows = tl.load(num_live)  # of the step, not of the kernel before: as are context lengths and block tables
+    num_splits = tl.minimum(tl.maximum(MOST_SPLIT // tl.maximum(num_rows * NUM_KV_HEADS, 1), 1), MAX_SPLITS)
+    kv_head, item = tl.program_id(0) % NUM_KV_HEADS, tl.program_id(0) // NUM_KV_HEADS
+    split, row = item % num_splits, (item // num_splits).to(tl.int64)
+    context_len = tl.load(context_lens + row, mask=row < num_rows, other=0)
     oldest = tl.maximum(context_len - window, 0) if HAS_WINDOW else 0
     first_tile = oldest // BLOCK_N
     num_tiles = tl.cdiv(context_len, BLOCK_N) - first_tile
-    tiles_of_split = tl.maximum(tl.cdiv(num_tiles, NUM_SPLITS), 1)
+    tiles_of_split = tl.maximum(tl.cdiv(num_tiles, num_splits), 1)
     num_used = tl.maximum(tl.cdiv(num_tiles, tiles_of_split), 1)  # a short context takes fewer programs
-    if split < num_used:
+    if (row < num_rows) & (split < num_used):
         members, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
         heads = kv_head * GROUP + members
         is_head = members < GROUP
@@ -162,9 +163,9 @@ def _attention_decode(
             acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
             tl.store(out + heads[:, None] * HEAD_DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=mask)
         else:
-            partials += row * (NUM_HEADS * NUM_SPLITS * HEAD_DIM)
-            stats += row * (NUM_HEADS * NUM_SPLITS * 2)
-            place = heads * NUM_SPLITS + split
+            partials += row * (NUM_HEADS * num_splits * HEAD_DIM)
+            stats += row * (NUM_HEADS * num_splits * 2)
+            place = heads * num_splits + split
             tl.store(partials + place[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
             tl.store(stats + place * 2, best, mask=is_head)
             tl.store(stats + place * 2 + 1, total, mask=is_head)
@@ -172,17 +173,18 @@ def _attention_decode(
             semaphore = semaphores + row * NUM_KV_HEADS + kv_head
             if tl.atomic_add(semaphore, 1, sem="acq_rel") == num_used - 1:
                 _combine(
-                    partials, stats, out, heads, is_head, num_used,
-                    BLOCK_M, BLOCK_D, HEAD_DIM, NUM_SPLITS, SPLITS_PADDED,
+                    partials, stats, out, heads, is_head, num_splits, num_used, BLOCK_M, BLOCK_D, HEAD_DIM, MAX_SPLITS
                 )  # fmt: skip
                 tl.store(semaphore, 0)
 
 
 def attention_decode(q: Tensor, cache: Tensor, out: Tensor, plan: PagedPlan, scale: float) -> None:
-    """Semantics: kernels.reference.paged_attention for the plan's first num_decodes rows, written into out.
+    """Semantics: kernels.reference.paged_attention for the plan's first num_live rows, written into out.
 
     q, out [num_tokens, num_heads, head_dim]; cache: one layer, [num_blocks, 2, num_kv_heads, block_size, head_dim],
-    block_size a power of two from 16. A context of length 0 gives 0. Deterministic.
+    block_size a power of two from 16. Deterministic.
+
+    The context is split so that there are programs enough, however few of the rows that the grid is for are live.
     """
     assert q.stride()[1:] == (q.shape[2], 1) and q.shape == out.shape
     _run(q, cache, out, plan, scale, None)
@@ -195,7 +197,7 @@ def rotary_attention_decode(
     """Semantics: rotary_store_kv, then attention_decode, bit for bit: without head norms, adapters and rows of prompts.
 
     Shapes as theirs, of num_decodes rows; qkv stays as it is. A row's slot is where its block table has the last token
-    of its context; a row without context has a negative one and writes nothing.
+    of its context; rows that are not live write nothing.
     """
     assert qkv.shape[1] == (out.shape[1] + 2 * cache.shape[2]) * out.shape[2] and qkv.stride(1) == 1
     assert plan.num_decodes == len(qkv) == len(slot_mapping) and slot_mapping.is_contiguous()
@@ -213,14 +215,15 @@ def _run(
     assert cache.stride()[1:] == (num_kv_heads * block_size * head_dim, block_size * head_dim, head_dim, 1)
     assert out.is_contiguous() and q.dtype == cache.dtype
     assert plan.block_tables.dtype == plan.context_lens.dtype == torch.int32 and plan.block_tables.stride(1) == 1
-    num_splits = launch.decode_splits(num_rows, num_kv_heads, q.device)
-    size = num_rows * num_heads * num_splits if num_splits > 1 else 1
+    most_split = launch.most_split_programs(q.device)
+    num_programs = min(num_rows * num_kv_heads * launch.MAX_SPLITS, max(num_rows * num_kv_heads, most_split))
+    size = num_programs * group_size
     shape = launch.decode_shape(num_rows, group_size, head_dim, q.element_size())
     has_window, folds_rotary = plan.window is not None, rotary is not None
     cos, signed_sin, slot_mapping = rotary or (None, None, None)
     launch.run(
-        _variant(shape, num_splits, num_kv_heads, group_size, head_dim, block_size, has_window, folds_rotary),
-        (num_kv_heads, num_splits, num_rows), q, cache, out, plan.block_tables, plan.context_lens,
+        _variant(shape, most_split, num_kv_heads, group_size, head_dim, block_size, has_window, folds_rotary),
+        (num_programs,), q, cache, out, plan.block_tables, plan.context_lens, plan.num_live,
         torch.empty(size * head_dim, dtype=torch.float32, device=q.device),
         torch.empty(size * 2, dtype=torch.float32, device=q.device), plan.semaphores, cos, signed_sin, slot_mapping,
         scale, q.stride(0), 0 if cos is None else cos.stride(0), plan.block_tables.stride(0), cache.stride(0),
@@ -231,7 +234,7 @@ def _run(
 @functools.cache
 def _variant(
     shape: launch.AttentionShape,
-    num_splits: int,
+    most_split: int,
     num_kv_heads: int,
     group_size: int,
     head_dim: int,
@@ -243,6 +246,6 @@ def _variant(
     return launch.variant(
         _attention_decode, num_warps=shape.num_warps, num_stages=shape.num_stages, early=True, fuse=False,
         NUM_KV_HEADS=num_kv_heads, GROUP=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, BLOCK_M=shape.block_m,
-        BLOCK_N=shape.block_n, BLOCK_D=launch.padded(head_dim), NUM_SPLITS=num_splits,
-        SPLITS_PADDED=launch.padded(num_splits, 1), HAS_WINDOW=has_window, FOLDS_ROTARY=folds_rotary,
+        BLOCK_N=shape.block_n, BLOCK_D=launch.padded(head_dim), MAX_SPLITS=launch.MAX_SPLITS, MOST_SPLIT=most_split,
+        HAS_WINDOW=has_window, FOLDS_ROTARY=folds_rotary,
     )  # fmt: skip

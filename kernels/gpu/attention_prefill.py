@@ -24,6 +24,8 @@ def _attention_prefill(
     first_row = tl.load(tile + 1)
     num_rows = tl.load(tile + 2)
     first_position = tl.load(tile + 3)
+    if num_rows == 0:
+        return
     members = tl.arange(0, BLOCK_M)  # a token's query heads stand one after the other
     tokens_of_members = members // GROUP
     heads = kv_head * GROUP + members % GROUP

@@ -24,6 +24,7 @@ STARTS_EARLY = torch.cuda.is_available() and torch.cuda.get_device_capability() 
 # Steps of more rows leave less to gain: cuBLAS has tiles for them.
 FEW_ROWS = 64
 MANY_COLUMNS = 65536
+MAX_SPLITS = 32  # of a decode's context
 _NUM_SEMAPHORES = 4096
 _MAX_PARTS = 1 << 24  # numbers that a shrink's splits may leave in memory
 _MAX_COMPILER_THREADS = 16
@@ -328,12 +329,12 @@ def long_shrink_shape(
     return ShrinkShape(block_k, num_blocks, -(-num_loads // num_blocks), 8, 4)
 
 
-def decode_splits(num_rows: int, num_kv_heads: int, device: torch.device) -> int:
-    """Into how many pieces a decode's context is cut at most: until about four programs an SM run.
+def most_split_programs(device: torch.device) -> int:
+    """A decode's contexts are cut, into at most MAX_SPLITS pieces, until about so many programs run: four an SM.
 
     Context 512, splits 1 | 2 | 4 | 8, us: 16 rows 18.3 | 14.4 | 14.0 | 17.3, 64 rows 35.8 | 40.7 | 43.7 | .
     """
-    return max(1, min(32, 4 * num_sms(device) // (num_rows * num_kv_heads)))
+    return 4 * num_sms(device)
 
 
 def decode_shape(num_rows: int, group_size: int, head_dim: int, element_size: int) -> AttentionShape:

@@ -16,6 +16,7 @@ from worker.kv_cache import KVCache
 from worker.last_tokens import LastTokens
 from worker.launched_step import LaunchedStep
 from worker.layers.ops import triton_ops
+from worker.mixed_graphs import MixedGraphs
 from worker.model_config import ModelConfig, Rope
 from worker.models.decoder import Decoder
 from worker.sequence import Sequence
@@ -76,25 +77,27 @@ class GpuModel:
         for i in range(NUM_ADAPTERS):
             self.pool.upload(i + 1, packed, range(i * self.num_chunks, (i + 1) * self.num_chunks))
 
-    def capture(self, max_rows: int, pool: AdapterPool | None) -> Captured:
-        """A runner with graphs up to so many rows. pool: this model's, or None for a worker without LoRA."""
-        start = time.perf_counter()
-        graphs = DecodeGraphs(
-            self.decoder,
-            LLAMA_8B,
-            self.cache,
-            pool,
-            LastTokens(LLAMA_8B.vocab_size, max_rows, DEVICE),
-            max_rows=max_rows,
-            max_chunks=self.num_chunks,
-            max_model_len=MAX_MODEL_LEN,
-        )
-        seconds = time.perf_counter() - start
-        return Captured(self.eager(pool, graphs), graphs, seconds)
+    def capture(self, max_rows: int, pool: AdapterPool | None, prompt_rows: int = 0) -> Captured:
+        """A runner with graphs up to so many rows. pool: this model's, or None for a worker without LoRA.
 
-    def eager(self, pool: AdapterPool | None, graphs: DecodeGraphs | None = None) -> TritonRunner:
-        """A runner without graphs, for prompts."""
-        return TritonRunner(self.decoder, LLAMA_8B, self.cache, pool, max_chunks=self.num_chunks, graphs=graphs)
+        prompt_rows: of the largest step with prompts in it that has a graph; 0: none has.
+        """
+        start = time.perf_counter()
+        state = (self.decoder, LLAMA_8B, self.cache, pool, LastTokens(LLAMA_8B.vocab_size, max_rows, DEVICE))
+        sizes = {"max_chunks": self.num_chunks, "max_model_len": MAX_MODEL_LEN}
+        graphs = DecodeGraphs(*state, max_rows=max_rows, **sizes)
+        mixed = None
+        if prompt_rows:
+            mixed = MixedGraphs(*state, graphs.memory, max_rows=prompt_rows, max_sequences=max_rows, **sizes)
+        seconds = time.perf_counter() - start
+        runner = TritonRunner(
+            self.decoder, LLAMA_8B, self.cache, pool, max_chunks=self.num_chunks, graphs=graphs, mixed=mixed
+        )
+        return Captured(runner, graphs, seconds)
+
+    def eager(self, pool: AdapterPool | None) -> TritonRunner:
+        """A runner without graphs."""
+        return TritonRunner(self.decoder, LLAMA_8B, self.cache, pool, max_chunks=self.num_chunks)
 
     def floor_ms(self, num_rows: int, context: int) -> float:
         """What bytes and operations allow a decode step without adapters."""

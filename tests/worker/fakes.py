@@ -304,7 +304,7 @@ class Harness:
         policy: str = "lru",
         max_overtake_s: float = 1.0,
         is_fair: bool = True,
-        answer_rows: Callable[[int], int] = lambda num_answers: 0,
+        answers_count: bool = False,
         enabled: bool = True,
         resolves: bool = False,
         hash_block: Callable[[bytes, bytes], bytes] | None = None,
@@ -360,7 +360,7 @@ class Harness:
             max_adapters=max_loras_per_batch,
             max_overtake_s=max_overtake_s,
             is_fair=is_fair,
-            answer_rows=answer_rows,
+            answers_count=answers_count,
             clock=lambda: self.now,
         )
         of_pages = blocks_per_page if num_pages else 0

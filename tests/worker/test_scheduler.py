@@ -57,7 +57,7 @@ def test_a_step_computes_at_most_its_prefill_budget_beside_the_answers() -> None
 
 
 def test_answers_take_the_place_of_prompt_tokens_up_to_half_of_them() -> None:
-    harness = Harness(max_prefill_tokens=8, answer_rows=lambda num_answers: 2 * num_answers)
+    harness = Harness(max_prefill_tokens=4, answers_count=True)
     sizes: list[tuple[int, int]] = []
 
     def note(batch: list[ScheduledSequence]) -> None:
@@ -70,7 +70,7 @@ def test_answers_take_the_place_of_prompt_tokens_up_to_half_of_them() -> None:
         harness.step()
         start(harness, 10 + request_id, list(range(100 * request_id, 100 * request_id + 80)), 1)
         harness.step(6)
-    assert {(answers, prompts) for answers, prompts in sizes if prompts > 3} == {(1, 6), (2, 4), (3, 4)}
+    assert {(answers, prompts) for answers, prompts in sizes if prompts > 1} == {(1, 3), (2, 2), (3, 2)}
 
 
 def test_short_prompts_pass_a_long_one_that_still_gets_half_of_each_step() -> None:

@@ -9,6 +9,7 @@ from worker.adapter_pool import AdapterPool
 from worker.decode_graphs import DecodeGraphs
 from worker.last_tokens import LastTokens
 from worker.layers.ops import triton_ops
+from worker.mixed_graphs import MixedGraphs
 from worker.triton_runner import TritonRunner
 from worker.weights import load_model
 
@@ -35,17 +36,22 @@ def triton_driver(
     num_chunks: int = 0,
     max_chunks: int = 4,
     graph_rows: int = 0,
+    prompt_rows: int = 128,
     max_model_len: int = 256,
     seed: int = 0,
     with_magnitudes: bool = False,
 ) -> Driver:
-    """graph_rows: sequences in the largest captured step; 0: no graphs. What no one wrote is NaN."""
+    """graph_rows: sequences in the largest captured step of decodes; 0: no graphs. What no one wrote is NaN.
+
+    prompt_rows: of the largest captured step with prompts in it.
+    """
     model, config = load_model(model_dir, dtype, DEVICE, ops=triton_ops())
     cache, pool, free = one_memory(config, block_size, num_blocks, num_chunks, dtype, DEVICE, seed)
     _synchronize()  # uploads go by a stream of their own
-    graphs = None
+    graphs = mixed = None
     if graph_rows:
-        last_tokens = LastTokens(config.vocab_size, 64, DEVICE)
-        sizes = {"max_rows": graph_rows, "max_chunks": max_chunks, "max_model_len": max_model_len}
-        graphs = DecodeGraphs(model, config, cache, pool, last_tokens, with_magnitudes=with_magnitudes, **sizes)
-    return Driver(TritonRunner(model, config, cache, pool, max_chunks=max_chunks, graphs=graphs), free)
+        state = (model, config, cache, pool, LastTokens(config.vocab_size, 64, DEVICE))
+        sizes = {"max_chunks": max_chunks, "max_model_len": max_model_len}
+        graphs = DecodeGraphs(*state, max_rows=graph_rows, with_magnitudes=with_magnitudes, **sizes)
+        mixed = MixedGraphs(*state, graphs.memory, max_rows=prompt_rows, max_sequences=64, **sizes)
+    return Driver(TritonRunner(model, config, cache, pool, max_chunks=max_chunks, graphs=graphs, mixed=mixed), free)

@@ -1,0 +1,142 @@
+"""MixedGraphs: steps with prompts in them as CUDA graphs, one for each size, without adapters and with.
+
+Launched one by one, a step's kernels take the host 8 to 15 ms, whatever their size: as long as the GPU needs for 512
+rows. In a graph, a few prompts cost the answers beside them little, since a step of few rows waits for the weights.
+
+A graph ends with the hidden states. Whose logits are wanted differs from step to step, and what is behind them is
+launched one by one.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import PagedPlan, WorkList
+from kernels.gpu import launch
+from worker.adapter_pool import AdapterPool
+from worker.graph_capture import capture
+from worker.kv_cache import KVCache
+from worker.last_tokens import LastTokens
+from worker.layers.step import Lora, Step
+from worker.model_config import ModelConfig
+from worker.models.decoder import Decoder
+from worker.paged_input import Adapted, StepRows, row_arrays, table_width, tokens_per_tile, work_of
+from worker.sequence import ScheduledSequence
+from worker.step_buffers import PromptBuffers
+
+log = logging.getLogger(__name__)
+
+# Rows of a step, padding included. An H200's GEMMs of Llama-3.1-8B's shape take, ms a step: 4.0, 4.4, 5.1, 5.8, 6.8,
+# 7.7 and 9.6 (743 TFLOP/s); 448 rows take 13.3, 1024 take 20.6 and 2048 take 43.0 (tests/bench/LOG.md).
+SIZES = (64, 128, 192, 256, 320, 384, 512)
+_MAX_SHORT_PROMPTS = 64  # of a step in a graph: what there are tiles for beyond those that are full
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """What a replay leaves behind, until the next."""
+
+    states: Tensor  # [num_rows, hidden_size]
+    sampled: list[ScheduledSequence]
+    sample_rows: Tensor  # int64 [len(sampled)]: of the states
+
+
+class _Size:
+    """The work list of one number of rows, and its graphs."""
+
+    def __init__(self, num_rows: int, pool: AdapterPool | None, max_chunks: int) -> None:
+        self.work: WorkList | None = None
+        if pool is not None:
+            block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows)
+            self.work = WorkList(pool.scales, num_rows, max_chunks, block_rows, long_rows)
+            self.work.update(num_rows, [])
+        self.graphs: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []  # without adapters, with
+
+
+class MixedGraphs:
+    """All sizes up to max_rows."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        config: ModelConfig,
+        kv_cache: KVCache,
+        pool: AdapterPool | None,
+        last_tokens: LastTokens,
+        graph_pool: Any,
+        *,
+        max_rows: int,
+        max_sequences: int,
+        max_chunks: int,
+        max_model_len: int,
+    ) -> None:
+        """Captures them. max_sequences: in a step; max_chunks: of one adapter; max_model_len: the longest context."""
+        self.sizes = (*(size for size in SIZES if size < max_rows), *((max_rows,) if max_rows <= SIZES[-1] else ()))
+        self._model, self._kv_cache, self._pool, self._last_tokens = model, kv_cache, pool, last_tokens
+        self._window, self._num_kv_heads = config.sliding_window, config.num_kv_heads
+        self._per_tile = tokens_per_tile(config, kv_cache.data.element_size())
+        device, most = kv_cache.data.device, self.sizes[-1]
+        max_sequences = min(most, max_sequences)
+        max_tiles = -(-most // self._per_tile) + _MAX_SHORT_PROMPTS
+        width = table_width(max_model_len, kv_cache.block_size)
+        self._buffers = PromptBuffers(most, max_sequences, max_tiles, width, device)
+        self._semaphores = torch.zeros(max_sequences * self._num_kv_heads, dtype=torch.int32, device=device)
+        self._of = {size: _Size(size, pool, max_chunks) for size in self.sizes}
+        self._capture_all(graph_pool)
+
+    def fits(self, rows: StepRows) -> bool:
+        """Whether there is a graph for these rows, none of which may have magnitudes or change the embeddings."""
+        num_tiles = sum(-(-scheduled.num_tokens // self._per_tile) for scheduled in rows.prefills)
+        return bool(rows.prefills) and rows.num_rows in self._of and self._buffers.fits(rows, num_tiles)
+
+    def replay(self, rows: StepRows, adapted: list[Adapted]) -> Hidden:
+        """Enqueues a step that fits, up to the hidden states."""
+        arrays = row_arrays(rows, self._kv_cache.block_size, self._per_tile, self._last_tokens)
+        num_sampled = len(arrays.sampled)
+        self._buffers.fill(rows, arrays)
+        size = self._of[rows.num_rows]
+        if adapted:
+            assert size.work is not None and self._pool is not None
+            size.work.update(rows.num_rows, work_of(adapted, self._pool))
+        graph, states = size.graphs[bool(adapted)]
+        graph.replay()
+        return Hidden(states, arrays.sampled, self._buffers.sample_rows[:num_sampled])
+
+    def _steps(self, num_rows: int) -> list[Step]:
+        """Without adapters, and with."""
+        buffers, size = self._buffers, self._of[num_rows]
+        plan = PagedPlan(
+            block_tables=buffers.block_tables,
+            context_lens=buffers.context_lens,
+            num_decodes=min(num_rows, len(buffers.context_lens)),
+            num_live=buffers.num_live,
+            tiles=buffers.tiles[: -(-num_rows // self._per_tile) + _MAX_SHORT_PROMPTS],
+            window=self._window,
+            semaphores=self._semaphores,
+        )
+        base = Step(buffers.positions[:num_rows], buffers.slots[:num_rows], plan, self._kv_cache.layers, None)
+        if size.work is None or self._pool is None:
+            return [base]
+        lora = Lora(self._pool.chunks, size.work)
+        return [base, Step(base.positions, base.slot_mapping, plan, base.kv_layers, lora)]
+
+    @torch.inference_mode()
+    def _capture_all(self, graph_pool: Any) -> None:
+        log.info("CUDA graphs: capturing steps with prompts of up to %d rows", self.sizes[-1])
+        whole, self._model = self._model, self._model.shallow()
+        with launch.compiling():
+            for num_rows in self.sizes:
+                for step in self._steps(num_rows):
+                    self._run(num_rows, step)
+        self._model = whole
+        for num_rows in reversed(self.sizes):  # the largest first: the smaller ones fit into its memory
+            for step in self._steps(num_rows):
+                self._of[num_rows].graphs.append(capture(partial(self._run, num_rows, step), graph_pool))
+            log.info("CUDA graphs: %d rows with prompts done", num_rows)
+
+    def _run(self, num_rows: int, step: Step) -> Tensor:
+        return self._model.forward(self._last_tokens.ids(self._buffers.codes[:num_rows]), step)
