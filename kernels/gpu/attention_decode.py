@@ -143,6 +143,9 @@ def _attention_decode(
         heads = kv_head * GROUP + members
         is_head = members < GROUP
         mask = is_head[:, None] & (dims < HEAD_DIM)[None, :]
+        start = (first_tile + split * tiles_of_split) * BLOCK_N
+        end = tl.minimum(start + tiles_of_split * BLOCK_N, context_len)
+        table = block_tables + row * table_stride
         q += row * q_stride
         if FOLDS_ROTARY:
             query = _rotate_and_store(
@@ -152,11 +155,9 @@ def _attention_decode(
         else:
             wait_for_kernel_before(IS_EARLY)
             query = tl.load(q + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
-        start = (first_tile + split * tiles_of_split) * BLOCK_N
-        end = tl.minimum(start + tiles_of_split * BLOCK_N, context_len)
         best, total, acc = _attend(
-            query, cache, block_tables + row * table_stride, start, end, oldest, kv_head, scale, block_stride,
-            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, HAS_WINDOW,
+            query, cache, table, start, end, oldest, kv_head, scale, block_stride, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE,
+            BLOCK_M, BLOCK_N, BLOCK_D, HAS_WINDOW,
         )  # fmt: skip
         out += row * (NUM_HEADS * HEAD_DIM)
         if num_used == 1:
