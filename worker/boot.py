@@ -256,6 +256,7 @@ def _make_engine(
         max_overtake_s=config.lora_drain_wait_threshold,
         is_fair=config.schedule_policy == "vtc",
         weights={BASE_CLIENT if name in base.card.names else name: w for name, w in config.adapter_weights},
+        max_alone_tokens=base.target.alone_prefill_size,
         answers_count=base.target.device.type == "cuda",
     )
     return Engine(
@@ -298,7 +299,7 @@ def _make_runner(config: WorkerConfig, base: Base, memory: DeviceMemory, start_u
         shallow = TritonRunner(
             decoder.shallow(), model, kv_cache, pool, max_chunks=max_chunks, max_rows=target.max_running_requests
         )
-        shallow.warm_up(target.chunked_prefill_size)
+        shallow.warm_up(target.alone_prefill_size)
     start_up.done("kernels")
     base.loading.finish()
     start_up.done("weights")
@@ -327,7 +328,7 @@ def _make_runner(config: WorkerConfig, base: Base, memory: DeviceMemory, start_u
     )
     start_up.done("graphs")
     runner = TritonRunner(decoder, model, kv_cache, pool, max_chunks=max_chunks, graphs=graphs, mixed=mixed)
-    runner.warm_up(target.chunked_prefill_size)
+    runner.warm_up(target.alone_prefill_size)
     start_up.done("prompts")
     return runner
 

@@ -160,7 +160,7 @@ class WorkerConfig:
         "prompt tokens in one step; on a GPU, where up to 512 run in a CUDA graph, running answers take the place of as"
         " many, up to half. Fewer of them shorten the wait between the others' tokens",
         type=int,
-        default_text="512",
+        default_text="512; on a GPU 1024 where no answer waits",
     )
     cuda_graph_max_bs: int = _setting(
         256, "sequences in the largest step that is captured as a CUDA graph; without a GPU there are none"

@@ -16,14 +16,15 @@ class Defaults:
     block_size: int  # tokens
     max_running_requests: int
     chunked_prefill_size: int  # tokens
+    alone_prefill_size: int  # tokens
     mem_fraction: float
 
 
-CPU_DEFAULTS = Defaults(16, 32, 512, 0.5)
+CPU_DEFAULTS = Defaults(16, 32, 512, 512, 0.5)
 # The attention kernels read the keys of 64 tokens at once. 512 rows of an 8B model are 10 ms of an H200's tensor cores,
-# which bounds what others' tokens wait, and more rows are not done faster; see MixedGraphs. Graphs and activations get
-# a tenth of the memory.
-GPU_DEFAULTS = Defaults(64, 256, 512, 0.9)
+# which bounds what others' tokens wait; see MixedGraphs. Where no answer waits, 1024 prompt tokens lose less of their
+# time to adapters. Graphs and activations get a tenth of the memory.
+GPU_DEFAULTS = Defaults(64, 256, 512, 1024, 0.9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class Target:
     uses_triton: bool
     block_size: int  # tokens
     max_running_requests: int
-    chunked_prefill_size: int  # tokens
+    chunked_prefill_size: int  # tokens: of prompts in a step with answers
+    alone_prefill_size: int  # tokens: of prompts in a step without
     mem_fraction: float
 
     @property
@@ -73,5 +75,6 @@ def find_target(config: WorkerConfig) -> Target:
         block_size=block_size,
         max_running_requests=config.max_running_requests or defaults.max_running_requests,
         chunked_prefill_size=config.chunked_prefill_size or defaults.chunked_prefill_size,
+        alone_prefill_size=config.chunked_prefill_size or defaults.alone_prefill_size,
         mem_fraction=config.mem_fraction or defaults.mem_fraction,
     )

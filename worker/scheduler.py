@@ -24,7 +24,7 @@ from worker.block_manager import BlockManager
 from worker.fair_queue import FairQueue, Turns
 from worker.sequence import ScheduledSequence, Sequence, SequenceStatus
 
-_QUANTUM_STEPS = 4  # of prompts; see Turns. Measured: tests/bench/LOG.md
+_QUANTUM_STEPS = 8  # of prompts beside answers; see Turns. Measured: tests/bench/LOG.md
 _NUM_PREFETCHED = 4  # adapters that are brought nearer before it is their turn
 
 
@@ -69,11 +69,13 @@ class Scheduler:
         max_overtake_s: float,
         is_fair: bool = True,
         weights: Mapping[str, float] = MappingProxyType({}),
+        max_alone_tokens: int | None = None,
         answers_count: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """max_prefill_tokens: prompt tokens in one step. max_adapters: distinct adapters in one step, base not counted.
 
+        max_alone_tokens: prompt tokens in a step without answers, whom it would keep waiting (default: as many).
         answers_count: answers take the place of as many of them, up to half, since a step's time is its rows'.
         max_overtake_s: how long, from its arrival, others may freely pass one that waits for a place among the
         adapters. is_fair, weights: see FairQueue.
@@ -87,6 +89,7 @@ class Scheduler:
         self._adapters = adapters
         self._max_running = max_running
         self._max_prefill_tokens = max_prefill_tokens
+        self._max_alone_tokens = max_alone_tokens or max_prefill_tokens
         self._answers_count = answers_count
         self._max_adapters = max_adapters
         self._quantum = _QUANTUM_STEPS * max_prefill_tokens if is_fair else 0.0
@@ -160,7 +163,7 @@ class Scheduler:
 
     def _schedule_prefills(self, step: dict[int, ScheduledSequence], prefills: list[Sequence]) -> None:
         """Spends the prefill budget on running prompts and on new sequences."""
-        budget = self._max_prefill_tokens
+        budget = self._max_prefill_tokens if step else self._max_alone_tokens
         if self._answers_count:
             budget -= min(len(step), budget // 2)
         long = prefills.pop(0) if prefills and prefills[0].num_uncomputed_tokens > budget else None

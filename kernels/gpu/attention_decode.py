@@ -221,7 +221,7 @@ def _run(
     most_split = launch.most_split_programs(q.device)
     num_programs = min(num_rows * num_kv_heads * launch.MAX_SPLITS, max(num_rows * num_kv_heads, most_split))
     size = num_programs * group_size
-    shape = launch.decode_shape(num_rows, group_size, head_dim, q.element_size())
+    shape = launch.decode_shape(num_rows, group_size, head_dim, q.element_size(), plan.tiles is not None)
     has_window, folds_rotary = plan.window is not None, rotary is not None
     cos, signed_sin, slot_mapping = rotary or (None, None, None)
     launch.run(

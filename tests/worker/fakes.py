@@ -304,6 +304,7 @@ class Harness:
         policy: str = "lru",
         max_overtake_s: float = 1.0,
         is_fair: bool = True,
+        max_alone_tokens: int | None = None,
         answers_count: bool = False,
         enabled: bool = True,
         resolves: bool = False,
@@ -360,6 +361,7 @@ class Harness:
             max_adapters=max_loras_per_batch,
             max_overtake_s=max_overtake_s,
             is_fair=is_fair,
+            max_alone_tokens=max_alone_tokens,
             answers_count=answers_count,
             clock=lambda: self.now,
         )

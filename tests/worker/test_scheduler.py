@@ -56,6 +56,17 @@ def test_a_step_computes_at_most_its_prefill_budget_beside_the_answers() -> None
     assert all(harness.tokens(i) == answer(list(range(7 * i, 7 * i + 7)), 3) for i in range(6))
 
 
+def test_prompts_alone_may_take_larger_steps() -> None:
+    harness = Harness(max_prefill_tokens=4, max_alone_tokens=7)
+    sizes: list[int] = []
+    harness.runner.on_run = lambda batch: sizes.append(sum(s.num_tokens for s in batch if s.num_tokens > 1))
+    start(harness, 1, list(range(20)), 8)
+    harness.step(4)
+    start(harness, 2, list(range(100, 120)), 1)
+    harness.drain()
+    assert [size for size in sizes if size] == [7, 7, 6, 4, 4, 4, 4, 4]
+
+
 def test_answers_take_the_place_of_prompt_tokens_up_to_half_of_them() -> None:
     harness = Harness(max_prefill_tokens=4, answers_count=True)
     sizes: list[tuple[int, int]] = []
