@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.gpu.argmax import argmax
 from kernels.gpu.attention_decode import attention_decode, rotary_attention_decode
 from kernels.gpu.attention_prefill import attention_prefill
+from kernels.gpu.embed import embed
 from kernels.gpu.few_rows_linear import gated_linear, linear
 from kernels.gpu.lora_expand import lora_expand
 from kernels.gpu.lora_rescale import lora_rescale
@@ -23,6 +24,7 @@ from kernels.work_list import LoraDelta
 __all__ = [
     "add_rms_norm",
     "argmax",
+    "embed",
     "gated_linear",
     "linear",
     "lora_expand",

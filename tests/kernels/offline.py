@@ -20,6 +20,7 @@ from kernels.gpu import launch
 from kernels.gpu.argmax import argmax
 from kernels.gpu.attention_decode import attention_decode, rotary_attention_decode
 from kernels.gpu.attention_prefill import attention_prefill
+from kernels.gpu.embed import embed
 from kernels.gpu.few_rows_linear import few_rows_linear
 from kernels.gpu.lora_expand import lora_expand
 from kernels.gpu.lora_rescale import lora_rescale
@@ -30,6 +31,7 @@ from kernels.gpu.sample import sample
 from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.gpu.variant import Variant
 from kernels.paged_plan import PagedPlan
+from kernels.reference import Tokens
 from kernels.segments import LoraSite, Rescaled
 from kernels.work_list import LoraDelta, WorkList
 
@@ -164,6 +166,7 @@ def main() -> None:
     for size in (4096, 100):
         compiler.label = f"size={size}"
         x, weight = torch.zeros(4, size, dtype=torch.bfloat16), torch.zeros(size, dtype=torch.bfloat16)
+        embed(Tokens(torch.zeros(4, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)), x)
         rms_norm(x, weight, 1e-5)
         add_rms_norm(x, x.clone(), weight, 1e-5)
         silu_and_mul(x)

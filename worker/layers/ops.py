@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels import LoraDelta, LoraSite, Rescaled, reference, reference_lora
+from kernels import LoraDelta, LoraSite, Rescaled, Tokens, reference, reference_lora
 
 
 @dataclass(frozen=True, slots=True)
 class Ops:
     """One backend's ops."""
 
+    embed: Callable[[Tokens, Tensor], tuple[Tensor, Tensor]]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     gated_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
@@ -29,6 +30,7 @@ class Ops:
 
 
 TORCH = Ops(
+    embed=reference.embed,
     linear=reference.linear,
     gated_linear=reference.gated_linear,
     rms_norm=reference.rms_norm,
@@ -46,6 +48,7 @@ def triton_ops() -> Ops:
     from kernels import gpu
 
     return Ops(
+        embed=gpu.embed,
         linear=gpu.linear,
         gated_linear=gpu.gated_linear,
         rms_norm=gpu.rms_norm,

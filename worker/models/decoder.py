@@ -4,10 +4,9 @@ import copy
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Edges, EdgeSite, LoraSite, add_embeddings, add_logits
+from kernels import Edges, EdgeSite, LoraSite, Tokens, add_embeddings, add_logits
 from worker.chunk_layout import CHUNK_RANK, MODULES, ChunkLayout
 from worker.layers.linear import Linear
 from worker.layers.ops import TORCH, Ops
@@ -114,14 +113,13 @@ class Decoder:
         model.layers = self.layers[:1]
         return model
 
-    def forward(self, token_ids: Tensor, step: Step) -> Tensor:
-        """token_ids int64 [num_tokens] -> hidden states [num_tokens, hidden_size], before the last norm."""
+    def forward(self, tokens: Tokens, step: Step) -> Tensor:
+        """Hidden states [num_tokens, hidden_size], before the last norm."""
         cos, signed_sin = self.rotary_embedding(step.positions)
-        x = F.embedding(token_ids, self.embed_tokens)
+        x, residual = self._ops.embed(tokens, self.embed_tokens)
         if step.edges is not None:
             assert self._edge_site is not None
-            add_embeddings(x, token_ids, self._edge_site, step.edges)
-        residual = torch.zeros_like(x)
+            add_embeddings(x, tokens.ids(), self._edge_site, step.edges)
         for layer in self.layers:
             x = layer(x, residual, cos, signed_sin, step)
         return residual.add_(x)
