@@ -187,6 +187,11 @@ def persistent_grid(device: torch.device, max_items: int, programs_per_sm: int) 
     return (max(1, min(max_items, num_sms(device) * programs_per_sm)),)
 
 
+def embed_shape(size: int) -> Shape:
+    """A piece of one row a program."""
+    return Shape(min(1024, padded(size)), 4)
+
+
 def rms_norm_warps(size: int) -> int:
     """One row a program: 8 elements a thread, a 16-byte load."""
     return min(16, max(1, padded(size) // 256))
