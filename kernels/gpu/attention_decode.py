@@ -199,11 +199,11 @@ def rotary_attention_decode(
 ) -> None:  # fmt: skip
     """Semantics: rotary_store_kv, then attention_decode, bit for bit: without head norms, adapters and rows of prompts.
 
-    Shapes as theirs, of num_decodes rows; qkv stays as it is. A row's slot is where its block table has the last token
-    of its context; rows that are not live write nothing.
+    Shapes as theirs; qkv stays as it is. A row's slot is where its block table has the last token of its context; rows
+    that are not live write nothing.
     """
     assert qkv.shape[1] == (out.shape[1] + 2 * cache.shape[2]) * out.shape[2] and qkv.stride(1) == 1
-    assert plan.num_decodes == len(qkv) == len(slot_mapping) and slot_mapping.is_contiguous()
+    assert plan.num_decodes <= len(qkv) == len(slot_mapping) and slot_mapping.is_contiguous()
     assert cos.stride() == signed_sin.stride() and cos.stride(-1) == 1
     _run(qkv, cache, out, plan, scale, (cos, signed_sin, slot_mapping))
 

@@ -93,7 +93,7 @@ def captured(layer: Layer, works: dict[str, WorkList] | None) -> tuple[torch.cud
     return graph, outs
 
 
-@pytest.mark.parametrize("num_rows", [3, 41, 300])
+@pytest.mark.parametrize("num_rows", [3, 41, 300, 557])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_graph_captured_with_one_adapter_serves_every_mix(dtype: torch.dtype, num_rows: int) -> None:
     """None, one, many, fewer: float64's numbers, the bits of launches without a graph, and for rows without an adapter

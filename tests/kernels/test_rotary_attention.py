@@ -105,6 +105,12 @@ def test_heads(heads: Heads, dtype: torch.dtype) -> None:
         assert relative_error(out, step.expected()) <= TOLERANCE[dtype]
 
 
+def test_rows_behind_those_of_the_plan_are_padding() -> None:
+    step = Step((4, 2, 32), [40, 1, 0, 0], torch.float32)
+    step.plan = PagedPlan.of(step.case.block_tables[:2], [1, 1], step.lens[:2], None, 2, 1)
+    assert relative_error(assert_same_bits(step), step.expected()) <= TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("length", [1, 65, 200, 2000])
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_one_row_is_split(length: int, dtype: torch.dtype) -> None:
