@@ -203,7 +203,7 @@ def rotary_attention_decode(
     of its context; rows that are not live write nothing.
     """
     assert qkv.shape[1] == (out.shape[1] + 2 * cache.shape[2]) * out.shape[2] and qkv.stride(1) == 1
-    assert plan.num_decodes == len(qkv) == len(slot_mapping) and slot_mapping.is_contiguous()
+    assert plan.num_decodes <= len(qkv) == len(slot_mapping) and slot_mapping.is_contiguous()
     assert cos.stride() == signed_sin.stride() and cos.stride(-1) == 1
     _run(qkv, cache, out, plan, scale, (cos, signed_sin, slot_mapping))
 
