@@ -26,6 +26,7 @@ from worker.sequence import Sequence
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(DEVICE.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's: rows of padding hold any numbers
 ]
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
 WITH_LOGPROBS = SamplingParams(max_tokens=64, temperature=0.0, logprobs=5)
