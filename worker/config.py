@@ -92,7 +92,8 @@ class WorkerConfig:
     max_loras_per_batch: int = _setting(8, "distinct adapters in one step, the base model not counted")
     max_loaded_loras: int | None = _setting(
         None,
-        "adapters kept in host memory; beyond it the least recently used is read again from disk when needed",
+        "adapters kept in host memory, of which they take no more than 0.4 of what is free at the start; beyond it"
+        " those never used leave, then the least recently used, and are read again from disk when needed",
         type=int,
         default_text="four times --max-loras-per-batch, and all of --lora-paths",
     )

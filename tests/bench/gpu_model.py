@@ -74,7 +74,7 @@ class GpuModel:
         self.num_chunks = layout.num_chunks(rank)
         self.pool = AdapterPool(layout, self.num_chunks * NUM_ADAPTERS, DTYPE, DEVICE)
         chunks = (torch.randn(self.num_chunks, layout.chunk_size, device=DEVICE) * 0.02).to(DTYPE)
-        packed = PackedAdapter(rank, MODULES, chunks, torch.ones(config.num_layers, len(MODULES)), "")
+        packed = PackedAdapter(rank, MODULES, chunks.unbind(), torch.ones(config.num_layers, len(MODULES)), "")
         for i in range(NUM_ADAPTERS):
             self.pool.upload(i + 1, packed, range(i * self.num_chunks, (i + 1) * self.num_chunks))
 
