@@ -7,12 +7,12 @@ and always is in the private store, from which it comes back by digest. Nothing 
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from itertools import islice
 
 from protocol.errors import Error, ErrorCode
 from protocol.messages import AdapterMemory, AdapterState
 from worker.adapter import Adapter
 from worker.arena import Arena
+from worker.host_tier import NO_LIMIT, HostTier
 
 MAX_ADAPTERS = 16_384  # names and draining generations together
 
@@ -21,11 +21,17 @@ class AdapterCache:
     """Names, generations, references, chunk ids and host places."""
 
     def __init__(
-        self, *, num_chunks: int, max_per_batch: int, max_loaded: int, policy: str = "lru", arena: Arena | None = None
+        self,
+        *,
+        num_chunks: int,
+        max_per_batch: int,
+        max_loaded: int,
+        max_host_chunks: int = NO_LIMIT,
+        policy: str = "lru",
+        arena: Arena | None = None,
     ) -> None:
-        """num_chunks: the most on the device. max_loaded: adapters in host memory. policy: lru or fifo, on the device.
-
-        arena: shared with KV; by default adapters are alone in one.
+        """num_chunks: the most on the device. max_loaded, max_host_chunks: the most in host memory, of adapters and of
+        their chunks. policy: lru or fifo, on the device. arena: shared with KV; by default adapters are alone in one.
         """
         self.max_chunks = num_chunks
         self.num_idle_chunks = 0
@@ -33,7 +39,6 @@ class AdapterCache:
         self._arena = arena or Arena(num_chunks)
         self._arena.adapters = self
         self._max_per_batch = max_per_batch
-        self._max_loaded = max_loaded
         self._policy = policy
         self._names: dict[str, int] = {}
         self._adapters: dict[int, Adapter] = {}
@@ -41,7 +46,7 @@ class AdapterCache:
         self._idle: dict[int, int] = {}  # generations that are idle, and their chunks
         self._first_idle: Adapter | None = None  # to go; None: there is none, or it is to be looked up
         self._device: OrderedDict[int, None] = OrderedDict()  # generations on the device, the first to go first
-        self._host: OrderedDict[int, None] = OrderedDict()  # generations in host memory, least recently used first
+        self.host = HostTier(max_loaded, max_host_chunks)
         self._last_generation = 0
 
     # ------------------------------------------------------------------------------------------ names, generations
@@ -72,17 +77,16 @@ class AdapterCache:
         """The names of some generations, base left out."""
         return sorted({self._adapters[generation].name for generation in generations if generation in self._adapters})
 
-    def memory(self, chunk_bytes: int) -> AdapterMemory:
+    def memory(self, chunk_bytes: int, host_bytes: int) -> AdapterMemory:
         """What all of them take. For any thread: it reads copies."""
         adapters = self.adapters()
-        in_host = [adapter for adapter in adapters if adapter.in_host]
         return AdapterMemory(
             chunk_bytes=chunk_bytes,
             chunks_total=self.max_chunks,
             chunks_free=self.max_chunks - self._num_chunks,
-            host_adapters=len(in_host),
-            host_adapters_max=self._max_loaded,
-            host_bytes=sum(adapter.num_bytes for adapter in in_host),
+            host_adapters=sum(adapter.in_host for adapter in adapters),
+            host_adapters_max=self.host.max_adapters,
+            host_bytes=host_bytes,
             disk_bytes=sum({adapter.digest: adapter.stored_bytes for adapter in adapters}.values()),
         )
 
@@ -202,7 +206,7 @@ class AdapterCache:
     def _remove(self, adapter: Adapter) -> None:
         adapter.state = AdapterState.REMOVED
         self._leave_device(adapter)
-        self.drop_from_host(adapter)
+        self.host.drop(adapter)
         del self._adapters[adapter.generation]
 
     # -------------------------------------------------------------------------------------------------- device
@@ -318,48 +322,6 @@ class AdapterCache:
         self._leave_device(adapter)
         self.on_evict(adapter)
 
-    # ---------------------------------------------------------------------------------------------------- host
-
-    def add_to_host(self, adapter: Adapter) -> list[Adapter]:
-        """The content is in host memory now; returns those whose content must leave it."""
-        adapter.in_host = True
-        self._host[adapter.generation] = None
-        self._host.move_to_end(adapter.generation)
-        leaving: list[Adapter] = []
-        while len(self._host) > self._max_loaded and (other := self._next_to_leave_host(adapter)) is not None:
-            self.drop_from_host(other)
-            leaving.append(other)
-        return leaving
-
-    def _next_to_leave_host(self, arrived: Adapter) -> Adapter | None:
-        """The least recently used that no sequence waits for, or failing that any that may go."""
-        wanted = None
-        for generation in self._host:
-            adapter = self._adapters[generation]
-            if adapter is arrived or adapter.pinned:
-                continue
-            if adapter.num_sequences == adapter.num_running:
-                return adapter
-            wanted = wanted or adapter
-        return wanted
-
-    def has_spare_host_place(self, num_coming: int) -> bool:
-        """Whether one more than so many can come without driving out one that a sequence waits for."""
-        num_needed = len(self._host) + num_coming + 1 - self._max_loaded
-        there = (self._adapters[generation] for generation in self._host)
-        loose = (a for a in there if not a.pinned and a.num_sequences == a.num_running)
-        return num_needed <= 0 or next(islice(loose, num_needed - 1, None), None) is not None
-
-    def touch(self, adapter: Adapter) -> None:
-        """The adapter was used."""
-        if adapter.in_host:
-            self._host.move_to_end(adapter.generation)
-
-    def drop_from_host(self, adapter: Adapter) -> None:
-        """The content left host memory."""
-        adapter.in_host = False
-        self._host.pop(adapter.generation, None)
-
     # --------------------------------------------------------------------------------------------------- audit
 
     def check_integrity(self) -> None:
@@ -370,8 +332,7 @@ class AdapterCache:
         assert self._idle == {a.generation: a.num_chunks for a in self._adapters.values() if a.idle}
         assert self.num_idle_chunks == sum(self._idle.values())
         assert set(self._device) == {a.generation for a in self._adapters.values() if a.chunk_ids}
-        assert set(self._host) == {a.generation for a in self._adapters.values() if a.in_host}
-        assert len(self._host) <= self._max_loaded
+        self.host.check_integrity(self._adapters.values())
         assert sum(a.pinned for a in self._adapters.values()) <= self._max_per_batch - 1
         for name, generation in self._names.items():
             assert self._adapters[generation].name == name

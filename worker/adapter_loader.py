@@ -14,6 +14,7 @@ from worker.adapter_source import AdapterSources
 from worker.adapter_store import AdapterStore, Incoming
 from worker.adapter_weights import PackedAdapter
 from worker.chunk_layout import ChunkLayout
+from worker.host_arena import HostArena
 from worker.packed_file import read_packed
 from worker.packer_process import PackerProcess, PackerProcesses
 
@@ -35,7 +36,7 @@ class AdapterLoader:
         store_dir: Path,
         roots: Sequence[Path] = (),
         hub_allow: Sequence[str] = (),
-        pin_memory: bool = False,
+        arena: HostArena | None = None,
         resolver: Path | None = None,
         source_timeout_s: float = 600.0,
         model_dir: Path | None = None,
@@ -43,20 +44,30 @@ class AdapterLoader:
     ) -> None:
         """roots and hub_allow (patterns of hub ids and URLs) say what a source that is not trusted may name.
 
-        pin_memory: see read_packed. resolver: the directory of `load_named`. source_timeout_s: of one download.
-        model_dir: see AdapterPacker. num_packers: processes, see work_apart.
+        arena: host memory for what is read; by default there is one of its own, not pinned. resolver: the directory of
+        `load_named`. source_timeout_s: of one download. model_dir: see AdapterPacker. num_packers: processes, see
+        work_apart.
         """
-        self._layout = model.chunk_layout()
-        self._dtype = dtype
-        self._pin_memory = pin_memory
+        layout = model.chunk_layout()
+        self._arena = arena or HostArena(layout, dtype)
         self._store = AdapterStore(store_dir)
         self._sources = AdapterSources(roots, hub_allow, Downloads(store_dir, source_timeout_s), resolver)
-        self._packer = AdapterPacker(self._layout, dtype, limits, store_dir, model_dir)
-        setup = self._layout, dtype, limits, store_dir, model_dir
+        self._packer = AdapterPacker(layout, dtype, limits, store_dir, model_dir)
+        setup = layout, dtype, limits, store_dir, model_dir
         self._processes = PackerProcesses([PackerProcess(*setup) for _ in range(num_packers)])
         self._takes_in: AdapterPacker | PackerProcesses = self._packer
         self._repairing = threading.Lock()
         self._in_memory: WeakValueDictionary[str, PackedAdapter] = WeakValueDictionary()  # by digest
+
+    @property
+    def max_host_chunks(self) -> int:
+        """What host memory has room for."""
+        return self._arena.max_chunks
+
+    @property
+    def host_bytes(self) -> int:
+        """What chunks take in host memory, those included that are being read or copied."""
+        return self._arena.num_taken * self._arena.chunk_bytes
 
     def work_apart(self, start: bool = False) -> None:
         """From now on adapters are read, checked and packed by other processes, beside which steps go on undisturbed.
@@ -116,5 +127,4 @@ class AdapterLoader:
         return packed
 
     def _read(self, digest: str) -> PackedAdapter | None:
-        directory = self._store.directory / digest
-        return read_packed(directory, digest, self._layout.chunk_size, self._dtype, self._pin_memory)
+        return read_packed(self._store.directory / digest, digest, self._arena)

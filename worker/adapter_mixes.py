@@ -115,7 +115,7 @@ class AdapterMixes:
         if admissions == {Admission.GRANTED}:
             for adapter in mix.adapters:
                 self._cache.hold(adapter)
-                self._cache.touch(adapter)
+                self._cache.host.touch(adapter)
                 self._cache.set_reserved(adapter, False)  # held, it needs no more
             return Admission.GRANTED
         if Admission.FULL not in admissions:

@@ -1,5 +1,6 @@
 """The adapter pool: the chunks of all resident adapters, in pages of the arena on the device."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,6 +80,8 @@ class AdapterPool:
         self.scales = torch.zeros(num_chunks, layout.num_layers, len(MODULES), device=device)
         self._copies = CopyStream(device) if copies is None and device.type == "cuda" else copies
         self._arriving: dict[int, torch.cuda.Event] = {}  # by generation: recorded behind its copy
+        # What copies read that may be on their way, in their order: nobody else may write there meanwhile.
+        self._sources: deque[tuple[torch.cuda.Event, PackedAdapter]] = deque()
         self._residents: dict[int, ResidentAdapter] = {}
         self._owners: dict[int, int] = {}  # chunk id → generation
         self.mixes: dict[int, tuple[tuple[int, float], ...]] = {}  # by number, below 0: generations and weights
@@ -90,9 +93,10 @@ class AdapterPool:
         """Copy an adapter into the given free chunks, which become its own until remove.
 
         On a GPU the copy only begins here, and steps go on beside it if the adapter's memory is pinned; none may use
-        the adapter before is_ready. behind_steps: steps that are launched may still touch the memory, so the copy waits
-        for them.
+        the adapter before is_ready. What it is copied from is kept until then. behind_steps: steps that are launched
+        may still touch the memory, so the copy waits for them.
         """
+        self.note_done()
         assert generation not in self._residents
         assert len(chunk_ids) == len(packed.chunks) == len(set(chunk_ids))
         assert not self._owners.keys() & set(chunk_ids), "a chunk belongs to another adapter"
@@ -105,13 +109,24 @@ class AdapterPool:
                 with self._copies.copying():
                     scales = self._copy(packed, chunk_ids)
             except BaseException:
-                self._copies.hold_steps(self._copies.record())  # the chunks become KV perhaps, and part is on its way
+                self._copies.hold_steps(self._begun(packed))  # the chunks become KV perhaps, and part is on its way
                 raise
-            self._arriving[generation] = self._copies.record()
+            self._arriving[generation] = self._begun(packed)
         self._owners.update(dict.fromkeys(chunk_ids, generation))
         self._residents[generation] = ResidentAdapter(tuple(chunk_ids), scales, packed.parts)
         if not packed.parts.is_sum:
             self.rare.add(generation)
+
+    def _begun(self, packed: PackedAdapter) -> torch.cuda.Event:
+        assert self._copies is not None
+        event = self._copies.record()
+        self._sources.append((event, packed))
+        return event
+
+    def note_done(self) -> None:
+        """Lets go of what copies have read that are done. Never waits."""
+        while self._sources and self._sources[0][0].query():
+            self._sources.popleft()
 
     def _copy(self, packed: PackedAdapter, chunk_ids: Sequence[int]) -> Tensor:
         for chunk_id, chunk in zip(chunk_ids, packed.chunks, strict=True):

@@ -14,6 +14,7 @@ from protocol.errors import Error, ErrorCode
 from protocol.messages import BASE_GENERATION, AdapterChanged, AdapterReply, AdapterState, LoadAdapter, UnloadAdapter
 from worker.adapter import Adapter
 from worker.adapter_cache import AdapterCache
+from worker.adapter_config import AdapterError
 from worker.adapter_listing import AdapterListing
 from worker.adapter_loads import BROKEN, GONE, MAX_LOADS, Failure, Load, Loads, Waiter, as_error, conflict, not_loaded
 from worker.adapter_mixes import AdapterMixes
@@ -66,7 +67,7 @@ class AdapterService:
         self._clock = clock
         self._host: dict[int, PackedAdapter] = {}
         self._loads = Loads()
-        self.listing = AdapterListing(cache, self._loads, chunk_bytes)
+        self.listing = AdapterListing(cache, self._loads, chunk_bytes, lambda: loader.host_bytes)
         self._revoked: set[str] = set()  # unloaded on purpose: no request brings them back
         self._reloading: set[int] = set()
         self._unloads: dict[int, list[Waiter]] = {}  # by generation
@@ -107,7 +108,7 @@ class AdapterService:
         admission = self.bring(adapter)
         if admission is Admission.GRANTED:
             self.cache.hold(adapter)
-            self.cache.touch(adapter)
+            self.cache.host.touch(adapter)
         return admission
 
     def bring(self, adapter: Adapter) -> Admission:
@@ -131,7 +132,7 @@ class AdapterService:
         adapter.missed = True  # however short the wait will be
         if (packed := self._host.get(generation)) is not None:
             return may_copy and self.cache.has_free_places(adapter) and self._upload(adapter, packed)
-        if generation not in self._reloading and self.cache.has_spare_host_place(len(self._reloading)):
+        if generation not in self._reloading and self.cache.host.has_spare_places([*self._coming(), adapter]):
             self._reload(adapter)
         return False
 
@@ -295,6 +296,9 @@ class AdapterService:
         if not isinstance(loaded, Exception):
             self._reload_background.submit(partial(self._loader.release, loaded.digest), log_failure)
 
+    def _coming(self) -> list[Adapter]:
+        return [adapter for generation in self._reloading if (adapter := self.cache.get(generation)) is not None]
+
     def _reload(self, adapter: Adapter) -> None:
         if adapter.generation not in self._reloading:
             self._reloading.add(adapter.generation)
@@ -308,13 +312,15 @@ class AdapterService:
         if isinstance(result, Exception) or result.digest != adapter.digest:
             log.error("adapter %s could not be read again: %s", adapter.name, result)
             error = Error(ErrorCode.ADAPTER_INVALID, f"the content of adapter '{adapter.name}' was lost; load it again")
+            if isinstance(result, AdapterError) and result.error.code is ErrorCode.STORE_FULL:
+                error = result.error
             self._failures.append(Failure(adapter.generation, error, waiting_only=True))
             return
         self._keep_in_host(adapter, result)
 
     def _keep_in_host(self, adapter: Adapter, packed: "PackedAdapter") -> None:
         self._host[adapter.generation] = packed
-        for leaving in self.cache.add_to_host(adapter):
+        for leaving in self.cache.host.add(adapter):
             del self._host[leaving.generation]
 
     # --------------------------------------------------------------------------------------------- unloads

@@ -1,7 +1,7 @@
 """The tensors of a stored adapter, checked against what its config and the model ask for, to the last one."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -155,13 +155,13 @@ def tensor_name(place: Place, half: str) -> str:
     return f"{module}.lora_embedding_{half}" if place == EMBEDDINGS else f"{module}.lora_{half}.weight"
 
 
-def check_finite(chunks: Tensor, weights: dict[Place, LoraWeight]) -> None:
+def check_finite(chunks: Sequence[Tensor], weights: dict[Place, LoraWeight]) -> None:
     """Refuses weights that are not finite in the chunks that they were packed into. Raises AdapterError."""
-    if _is_finite(chunks):
+    if all(map(_is_finite, chunks)):
         return
     for place, weight in weights.items():
         for half, tensor in (("A", weight.a), ("B", weight.b)):
-            check_tensor(place, half, tensor, chunks.dtype)
+            check_tensor(place, half, tensor, chunks[0].dtype)
 
 
 def check_tensor(place: Place, half: str, tensor: Tensor, dtype: torch.dtype) -> None:

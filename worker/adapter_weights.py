@@ -71,15 +71,16 @@ class PackedAdapter:
 
     rank: int  # the largest of all layers and modules
     modules: tuple[str, ...]  # those it has somewhere, in the order of ALL_MODULES
-    chunks: Tensor  # [num_chunks, layout.chunk_size], model dtype, CPU
+    chunks: tuple[Tensor, ...]  # [layout.chunk_size] each, model dtype, CPU
     scales: Tensor  # float32 [num_layers, len(MODULES)], CPU; 0 where the adapter has nothing
     digest: str  # SHA-256 of the content, hexadecimal
     stored_bytes: int = 0  # of its copy in the private store
     kinds: Parts | None = None  # None: all of them are slices of the layers
+    room: object = None  # what keeps the memory that chunks and scales lie in: see HostArena
 
     @property
     def num_bytes(self) -> int:
-        return self.chunks.nbytes
+        return sum(chunk.nbytes for chunk in self.chunks)
 
     @property
     def parts(self) -> Parts:
@@ -118,7 +119,7 @@ def pack_adapter(
         magnitude_view(layout, chunks[parts.num_layered], layer, module)[:] = rescale.rows(dtype)
     present = {module for _, module in weights}
     modules = tuple(module for module in ALL_MODULES if module in present)
-    return PackedAdapter(rank, modules, chunks, scales, digest, kinds=parts)
+    return PackedAdapter(rank, modules, chunks.unbind(), scales, digest, kinds=parts)
 
 
 def _parts(weights: Mapping[Place, LoraWeight], has_magnitudes: bool) -> Parts:

@@ -24,6 +24,7 @@ from worker.engine import Engine
 from worker.fair_queue import BASE_CLIENT
 from worker.grammar import GrammarCompiler
 from worker.grammar_service import GrammarService
+from worker.host_arena import HostArena, pin_memory
 from worker.kv_cache import KVCache
 from worker.mailbox import Message, Outbox, Stop
 from worker.memory import MIB, MemoryPlan, MemoryShortage, plan_memory
@@ -42,7 +43,9 @@ from worker.weights import LoadingModel
 log = logging.getLogger(__name__)
 
 NUM_LOAD_THREADS = 4  # for adapter commands, which may wait for a download, and for --lora-paths
-NUM_RELOAD_THREADS = 4  # for adapters that requests wait for, and for removing copies, which takes its time
+# For adapters that requests wait for, and for removing copies, which takes its time. A read and its checksum are 30 ms
+# of a core for 84 MB, without the interpreter's lock: many that come at once shall not queue where there are cores.
+NUM_RELOAD_THREADS = min(16, max(4, (os.cpu_count() or 1) // 2))
 
 MAX_GPU_CHUNKS = 16  # of one adapter on a GPU, rank 256, where --max-lora-rank does not say otherwise
 
@@ -62,6 +65,7 @@ class Base:
     config: ModelConfig
     target: Target
     plan: MemoryPlan
+    host_arena: HostArena
     card: ModelCard
 
 
@@ -150,7 +154,7 @@ def _load_base(config: WorkerConfig) -> Base:
         lora_enabled=config.lora_enabled,
         adapter_resolver=config.adapter_resolver is not None,
     )
-    return Base(directory, loading, model_config, target, plan, card)
+    return Base(directory, loading, model_config, target, plan, _host_arena(config, model_config, target), card)
 
 
 def _plan(config: WorkerConfig, model: ModelConfig, target: Target) -> MemoryPlan:
@@ -190,6 +194,14 @@ def _plan(config: WorkerConfig, model: ModelConfig, target: Target) -> MemoryPla
     return plan
 
 
+def _host_arena(config: WorkerConfig, model: ModelConfig, target: Target) -> HostArena:
+    """Host memory of adapters; on a GPU it is pinned, beginning now, beside the weights."""
+    arena = HostArena(model.chunk_layout(), target.dtype, pin=pin_memory if target.device.type == "cuda" else None)
+    if config.lora_enabled:
+        arena.keep_ahead(config.loaded_loras)
+    return arena
+
+
 def _make_loader(config: WorkerConfig, base: Base, store_dir: Path) -> AdapterLoader:
     limits = AdapterLimits(
         max_chunks=_max_chunks(config, base),
@@ -204,7 +216,7 @@ def _make_loader(config: WorkerConfig, base: Base, store_dir: Path) -> AdapterLo
         store_dir,
         [Path(root) for root in config.adapter_root],
         config.hub_allow,
-        pin_memory=target.device.type == "cuda",
+        arena=base.host_arena,
         resolver=None if config.adapter_resolver is None else Path(config.adapter_resolver),
         source_timeout_s=config.source_timeout,
         model_dir=base.directory,
@@ -220,6 +232,7 @@ def _make_adapters(
             num_chunks=base.plan.max_chunks,
             max_per_batch=config.max_loras_per_batch,
             max_loaded=config.loaded_loras,
+            max_host_chunks=loader.max_host_chunks,
             policy=config.lora_eviction_policy,
             arena=memory.arena,
         ),
@@ -256,7 +269,7 @@ def _make_engine(
         max_overtake_s=config.lora_drain_wait_threshold,
         is_fair=config.schedule_policy == "vtc",
         weights={BASE_CLIENT if name in base.card.names else name: w for name, w in config.adapter_weights},
-        answers_count=base.target.device.type == "cuda",
+        prefill_budget=base.target.prefill_budget,
     )
     return Engine(
         base.card,
@@ -301,6 +314,7 @@ def _make_runner(config: WorkerConfig, base: Base, memory: DeviceMemory, start_u
         shallow.warm_up(target.chunked_prefill_size)
     start_up.done("kernels")
     base.loading.finish()
+    base.host_arena.wait_until_ahead()
     start_up.done("weights")
     last_tokens = LastTokens(model.vocab_size, target.max_running_requests, target.device)
     lengths = {"max_chunks": max_chunks, "max_model_len": base.plan.max_model_len}
@@ -321,7 +335,7 @@ def _make_runner(config: WorkerConfig, base: Base, memory: DeviceMemory, start_u
         pool,
         last_tokens,
         graphs.memory,
-        max_rows=target.chunked_prefill_size,
+        max_rows=-(-target.chunked_prefill_size // 2),
         max_sequences=target.max_running_requests,
         **lengths,
     )

@@ -92,7 +92,8 @@ class WorkerConfig:
     max_loras_per_batch: int = _setting(8, "distinct adapters in one step, the base model not counted")
     max_loaded_loras: int | None = _setting(
         None,
-        "adapters kept in host memory; beyond it the least recently used is read again from disk when needed",
+        "adapters kept in host memory, of which they take no more than 0.4 of what is free at the start; beyond it"
+        " those never used leave, then the least recently used, and are read again from disk when needed",
         type=int,
         default_text="four times --max-loras-per-batch, and all of --lora-paths",
     )
@@ -157,13 +158,15 @@ class WorkerConfig:
     max_queued_requests: int = _setting(2048, "unfinished sequences that one gateway may have; beyond it 429")
     chunked_prefill_size: int | None = _setting(
         None,
-        "prompt tokens in one step; on a GPU, where up to 512 run in a CUDA graph, running answers take the place of as"
-        " many, up to half. Fewer of them shorten the wait between the others' tokens",
+        "prompt tokens in one step; on a GPU half as many beside up to 128 answers, and answers take the place of as"
+        " many, up to half. Fewer shorten the wait between the others' tokens",
         type=int,
-        default_text="512",
+        default_text="1024 on a GPU, 512 on the CPU",
     )
     cuda_graph_max_bs: int = _setting(
-        256, "sequences in the largest step that is captured as a CUDA graph; without a GPU there are none"
+        256,
+        "sequences in the largest step of answers alone that is captured as a CUDA graph; of steps with prompts, those"
+        " of up to 512 rows are. Without a GPU there are none",
     )
     cuda_graph_dora: bool = _setting(
         False,

@@ -100,7 +100,9 @@ def available_bytes() -> int:
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(stat["active_file"]) + int(stat["inactive_file"])  # of files, which give way
+        used = int((group / "memory.current").read_text()) - cached
+    except (OSError, ValueError, KeyError):
         return available  # no control group, or one of the older kind
     return available if limit == "max" else max(0, min(available, int(limit) - used))

@@ -15,8 +15,7 @@ whole model do not fit a disk of 64 GB: a chunk is 20 MiB and a step takes a qua
 steps as with 32, and the host's work weighs four times as much. Adapters change q_proj and v_proj only, which makes
 their files small (4 MB on average); a chunk on the device and in host memory has all seven modules whatever they
 change. Ranks take turns (4 to 64, 1.5 chunks on average). With a thousand: 4 GB of files, as much again in the worker's
-store (XDG_CACHE_HOME) and 31 GB packed there; 256 adapters in host memory (--loaded) take 8 GB, pinned, and up to 13 as
-torch rounds them up.
+store (XDG_CACHE_HOME) and 31 GB packed there; 256 adapters in host memory (--loaded) take 8 GB, pinned.
 """
 
 import argparse

@@ -4,7 +4,8 @@
 
 One thread does what a step does with the driver, some 16 KB to the device, a kernel, some 4 KB back, and waits for it,
 again and again. Beside it another thread copies 80 MiB of pinned memory to the device every 10 ms, whole or in pieces,
-or takes pinned memory that torch has never had before, or has had. Milliseconds of a round, and of the other's work.
+or takes pinned memory that torch has never had before, or has had, or has the host arena of adapters take a slab more
+(240 MiB; once more without its touching the pages first). Milliseconds of a round, and of the other's work.
 """
 
 import argparse
@@ -17,9 +18,12 @@ import torch
 
 from tests.bench.bench_serving import percentile
 from tests.bench.results import add_csv_arguments, append_csv
+from worker.chunk_layout import ChunkLayout
+from worker.host_arena import HostArena, HostRoom, pin_memory, register
 
 CHUNK_BYTES, PIECES = 80 << 20, (80 << 20, 8 << 20, 2 << 20)
 PINNED_BYTES, NUM_PINNED = 80 << 20, 24
+LAYOUT, SLAB_CHUNKS = ChunkLayout.of(32, 4096, 4096, 1024, 14336), 3  # Llama-3.1-8B's
 ROUNDS, SECONDS, PAUSE_S = 20_000, 2.0, 0.01
 PERCENT = (0.5, 0.99, 0.999)
 
@@ -80,7 +84,8 @@ class Upload:
         self._scales = torch.zeros(32 * 7, pin_memory=pinned_scales)
         self._scales_on_device = torch.zeros(32 * 7, device="cuda")
         self._stream = torch.cuda.Stream()
-        self._source = torch.zeros(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._room = HostArena(LAYOUT, torch.bfloat16, pin_memory).take(1)
+        self._source = self._room.chunks[0].view(torch.uint8)
         self._target = torch.zeros(CHUNK_BYTES, dtype=torch.uint8, device="cuda")
         torch.cuda.synchronize()
 
@@ -134,6 +139,13 @@ def main() -> None:
         kept.clear()
 
     report("pinned memory again", *beside(step, pin_and_drop, 4 * NUM_PINNED))
+    for title, pin_slab in (("a slab more", pin_memory), ("a slab more, its pages not touched first", register)):
+        arena, rooms = HostArena(LAYOUT, torch.bfloat16, pin_slab), list[HostRoom]()
+
+        def slab() -> None:
+            rooms.append(arena.take(SLAB_CHUNKS))  # noqa: B023
+
+        report(title, *beside(step, slab, NUM_PINNED // SLAB_CHUNKS))
     report("quiet again", rounds_ms(step), [])
 
 

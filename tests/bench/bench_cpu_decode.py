@@ -107,7 +107,7 @@ class Bench:
         for i in range(NUM_ADAPTERS):
             chunks = torch.randn(num_chunks, layout.chunk_size) * 0.02
             ids = range(i * num_chunks, (i + 1) * num_chunks)
-            pool.upload(i + 1, PackedAdapter(rank, MODULES, chunks, scales, ""), ids)
+            pool.upload(i + 1, PackedAdapter(rank, MODULES, chunks.unbind(), scales, ""), ids)
         self.runner = ModelRunner(model, config, cache, pool)
         self.weights = weights_of(model)
         self.num_bytes = sum(weight.nbytes for weight in self.weights)

@@ -80,7 +80,7 @@ class Bench:
         self.cache = KVCache(self.num_blocks, BLOCK_SIZE, *sizes, DTYPE, DEVICE)
         layout = config.chunk_layout()
         self.pool = AdapterPool(layout, 1, DTYPE, DEVICE)
-        chunks = torch.zeros(1, layout.chunk_size, dtype=DTYPE)
+        chunks = (torch.zeros(layout.chunk_size, dtype=DTYPE),)
         self.pool.upload(1, PackedAdapter(16, MODULES, chunks, torch.ones(config.num_layers, len(MODULES)), ""), (0,))
         self.last_tokens = LastTokens(config.vocab_size, 1, DEVICE)
 

@@ -47,6 +47,7 @@ from worker.background import Background
 from worker.block_manager import BlockManager
 from worker.chunk_layout import ChunkLayout
 from worker.engine import Engine
+from worker.host_arena import HostArena, pin_memory
 from worker.launched_step import LaunchedStep
 from worker.mailbox import Admin, Mail, Message, Outbox, Start
 from worker.packed_file import read_packed, write_packed
@@ -194,7 +195,8 @@ def phases(source: Path, store: Path) -> dict[str, float]:
         times.setdefault(name, []).append(1e3 * (time.perf_counter() - start_s))
         return result
 
-    directory, pin = SourceDirectory(source, source), torch.cuda.is_available()
+    directory = SourceDirectory(source, source)
+    arena = HostArena(LAYOUT, torch.bfloat16, pin_memory if torch.cuda.is_available() else None)
     for _ in range(5):
         copy = timed("copy_hash_ms", copy_in, store, directory, packer.max_bytes)
         config = timed("config_ms", parse_config, (copy.path / CONFIG_FILE).read_bytes())
@@ -203,7 +205,7 @@ def phases(source: Path, store: Path) -> dict[str, float]:
         packed = timed("pack_ms", pack_adapter, LAYOUT, weights, torch.bfloat16, copy.digest)
         timed("check_ms", check_finite, packed.chunks, weights)
         timed("write_ms", write_packed, copy.path, packed)
-        timed("read_packed_ms", read_packed, copy.path, "", LAYOUT.chunk_size, torch.bfloat16, pin)
+        timed("read_packed_ms", read_packed, copy.path, "", arena)
         shutil.rmtree(copy.path)
     return {name: statistics.median(values) for name, values in times.items()}
 

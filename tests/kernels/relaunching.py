@@ -71,9 +71,11 @@ class Steps:
         for generation, chunk_ids in ((1, (0,)), (2, (1, 2))):
             chunks = torch.zeros(len(chunk_ids), layout.chunk_size, dtype=dtype)
             scales = torch.ones(model.num_layers, len(MODULES))
-            pool.upload(generation, PackedAdapter(16 * len(chunk_ids), MODULES, chunks, scales, ""), chunk_ids)
+            pool.upload(generation, PackedAdapter(16 * len(chunk_ids), MODULES, chunks.unbind(), scales, ""), chunk_ids)
         chunks, scales = torch.zeros(2, layout.chunk_size, dtype=dtype), torch.ones(model.num_layers, len(MODULES))
-        pool.upload(3, PackedAdapter(16, MODULES, chunks, scales, "", kinds=Parts(1, has_magnitudes=True)), (3, 4))
+        pool.upload(
+            3, PackedAdapter(16, MODULES, chunks.unbind(), scales, "", kinds=Parts(1, has_magnitudes=True)), (3, 4)
+        )
         self.runner = TritonRunner(decoder, model, cache, pool, max_chunks=2)
 
     def run(self, decodes: list[int], prompts: list[tuple[int, int]]) -> None:

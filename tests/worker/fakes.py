@@ -16,6 +16,7 @@ from worker.adapter_service import AdapterService
 from worker.arena import Arena
 from worker.block_manager import BlockManager
 from worker.engine import Engine
+from worker.host_tier import NO_LIMIT
 from worker.mailbox import Mail, Message, Outbox, Owner
 from worker.scheduler import Scheduler
 from worker.sequence import Sample, ScheduledSequence, SequenceStatus
@@ -83,6 +84,7 @@ class FakeLoader:
 
     gates: dict[str, threading.Event] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
+    full: set[str] = field(default_factory=set)  # of these there is no host memory to read them into
     num_loads: int = 0
     num_reloads: int = 0
     ranks: dict[str, int] = field(default_factory=dict)
@@ -111,10 +113,16 @@ class FakeLoader:
         assert self.held[digest] >= 0
         self.held += Counter()  # without zeros
 
+    @property
+    def host_bytes(self) -> int:
+        return 0
+
     def reload(self, digest: str) -> FakePacked:
         self.num_reloads += 1
         if digest in self.lost:
             raise AdapterError(Error(ErrorCode.ADAPTER_INVALID, "gone"))
+        if digest in self.full:
+            raise AdapterError(Error(ErrorCode.STORE_FULL, "full"))
         return FakePacked(digest, self.ranks[digest])
 
 
@@ -145,6 +153,9 @@ class FakePool:
         self.memory |= dict.fromkeys(chunk_ids, packed.digest)
         for chunk in chunk_ids:
             self.overwrite(chunk)
+
+    def note_done(self) -> None:
+        pass
 
     def is_ready(self, generation: int) -> bool:
         return generation in self.contents and not self.slow
@@ -300,11 +311,12 @@ class Harness:
         max_prefill_tokens: int = 16,
         max_loras_per_batch: int = 2,
         max_loaded: int = 4,
+        max_host_chunks: int = NO_LIMIT,
         num_chunks: int = 4,
         policy: str = "lru",
         max_overtake_s: float = 1.0,
         is_fair: bool = True,
-        answers_count: bool = False,
+        prefill_budget: Callable[[int], int] | None = None,
         enabled: bool = True,
         resolves: bool = False,
         hash_block: Callable[[bytes, bytes], bytes] | None = None,
@@ -333,6 +345,7 @@ class Harness:
             num_chunks=num_chunks,
             max_per_batch=max_loras_per_batch,
             max_loaded=max_loaded,
+            max_host_chunks=max_host_chunks,
             policy=policy,
             arena=self.arena,
         )
@@ -360,7 +373,7 @@ class Harness:
             max_adapters=max_loras_per_batch,
             max_overtake_s=max_overtake_s,
             is_fair=is_fair,
-            answers_count=answers_count,
+            prefill_budget=prefill_budget,
             clock=lambda: self.now,
         )
         of_pages = blocks_per_page if num_pages else 0

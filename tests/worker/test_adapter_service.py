@@ -268,6 +268,56 @@ def test_an_adapter_pushed_out_of_host_memory_is_read_again_by_its_digest() -> N
     assert harness.tokens(10) == answer([10], 6, "a")
 
 
+def test_large_adapters_fill_host_memory_before_there_are_too_many_of_them() -> None:
+    harness = Harness(max_loaded=4, max_host_chunks=5, num_chunks=6)
+    for number, name in enumerate("abcd"):
+        load(harness, number, name, f"{name}:{32 if name < 'd' else 16}")
+    settle(harness)
+    assert [adapter.name for adapter in harness.cache.adapters() if adapter.in_host] == ["b", "c", "d"]
+    load(harness, 5, "e", "e:96")
+    settle(harness)
+    assert [adapter.name for adapter in harness.cache.adapters() if adapter.in_host] == ["e"], "one is always served"
+    for generation in range(1, 6):
+        start(harness, 10 + generation, generation)
+    harness.drain()
+    assert [harness.tokens(10 + number) for number in range(1, 6)] == [
+        answer([10 + number], 6, name) for number, name in enumerate("abcde", 1)
+    ]
+
+
+def test_adapters_that_are_only_registered_push_out_none_that_is_used() -> None:
+    harness = Harness(max_loaded=3, num_chunks=1)
+    load(harness, 1, "a", "a")
+    load(harness, 2, "b", "b")
+    settle(harness)
+    start(harness, 3, 1)
+    start(harness, 4, 2)
+    harness.drain()
+    for number in range(5):
+        load(harness, 10 + number, f"c{number}", f"c{number}")
+    settle(harness)
+    assert [adapter.name for adapter in harness.cache.adapters() if adapter.in_host] == ["a", "b", "c4"]
+    for number, generation in enumerate((1, 2, 1, 7)):
+        start(harness, 20 + number, generation)
+    harness.drain()
+    assert harness.loader.num_reloads == 0
+
+
+def test_without_host_memory_to_read_it_into_a_request_is_told_so() -> None:
+    harness = Harness(max_loaded=2, num_chunks=2)
+    for number, name in enumerate("abc"):
+        load(harness, number, name, name)
+    settle(harness)
+    harness.loader.full.add("a")
+    start(harness, 10, 1)
+    harness.drain()
+    assert harness.outputs(10)[0].error.code is ErrorCode.STORE_FULL  # type: ignore[union-attr]
+    harness.loader.full.clear()
+    start(harness, 11, 1)
+    harness.drain()
+    assert harness.tokens(11) == answer([11], 6, "a"), "later, when there is some again"
+
+
 def test_lost_content_is_an_error_and_never_another_answer() -> None:
     harness = Harness(max_loaded=2, num_chunks=2)
     for number, name in enumerate("abc"):

@@ -1,8 +1,6 @@
 """One memory for KV and adapters under a tiny model: whatever pushes whatever out, every answer is what it is alone."""
 
-import contextlib
 import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,12 @@ import torch
 from protocol.messages import LoadAdapter, UnloadAdapter
 from tests.tiny_models import write_tiny_model
 from tests.worker.fakes import MODEL, OWNER, Harness, generate
+from tests.worker.recorded_copies import Recorded
 from worker.adapter_pool import AdapterPool
 from worker.adapter_targets import EMBEDDINGS, HEAD, Place
 from worker.adapter_weights import LoraWeight, PackedAdapter, Rescale, module_shape, pack_adapter
 from worker.chunk_layout import ChunkLayout
 from worker.config import WorkerConfig
-from worker.copy_stream import CopyStream
 from worker.device import find_target
 from worker.device_memory import DeviceMemory
 from worker.engine import Engine
@@ -165,43 +163,10 @@ def unload_all(harness: Harness, memory: DeviceMemory) -> None:
     for name in RANKS:
         harness.put(Admin(OWNER, UnloadAdapter(request_id=901, name=name, timeout_ms=0)))
         harness.drain()
-    arena, listed = memory.arena, harness.cache.memory(1)
-    assert listed.chunks_free == listed.chunks_total and listed.host_bytes == 0
+    arena, listed = memory.arena, harness.cache.memory(1, 0)
+    assert listed.chunks_free == listed.chunks_total and listed.host_adapters == 0
     assert arena.num_free_pages + arena.num_unused_pages == arena.num_pages
     arena.check_integrity([])
-
-
-@dataclass(eq=False)
-class Arrival:
-    """An event of the fake stream."""
-
-    is_done: bool = False
-
-    def query(self) -> bool:
-        return self.is_done
-
-
-class Recorded(CopyStream):
-    """Takes down what would be enqueued where."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.events: list[Arrival] = []
-
-    def wait_for_steps(self) -> None:
-        self.log.append("copies wait for steps")
-
-    def copying(self) -> contextlib.AbstractContextManager[None]:
-        self.log.append("copy")
-        return contextlib.nullcontext()
-
-    def record(self) -> Arrival:  # type: ignore[override]
-        self.log.append(f"event {len(self.events)}")
-        self.events.append(Arrival())
-        return self.events[-1]
-
-    def hold_steps(self, event: Arrival) -> None:  # type: ignore[override]
-        self.log.append(f"steps wait for {self.events.index(event)}")
 
 
 def test_on_a_gpu_a_page_changes_hands_behind_whoever_may_still_touch_it() -> None:
@@ -222,7 +187,7 @@ def test_on_a_gpu_a_page_changes_hands_behind_whoever_may_still_touch_it() -> No
     del copies.log[:]
     pool.remove(2)
     assert copies.log == []
-    broken = PackedAdapter(32, (), torch.zeros(2, 7), packed.scales, "")
+    broken = PackedAdapter(32, (), torch.zeros(2, 7).unbind(), packed.scales, "")
     with pytest.raises(RuntimeError):
         pool.upload(3, broken, [0, 1])
     assert copies.log == ["copies wait for steps", "copy", "event 2", "steps wait for 2"], "a part may be on its way"

@@ -1,5 +1,6 @@
 """The arena's size: what is asked for, what fits, and what is refused with its flag."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from worker.adapter_cache import AdapterCache
 from worker.arena import Arena
 from worker.chunk_layout import ChunkLayout
 from worker.config import WorkerConfig
+from worker.host_arena import HostArena
 from worker.kv_cache import KVCache
 from worker.memory import MemoryPlan, MemoryShortage, available_bytes, plan_memory
 
@@ -91,8 +93,20 @@ def test_an_adapter_of_the_8b_costs_80_mib_for_each_16_of_its_rank_whatever_the_
             num_chunks=ChunkLayout.num_chunks(16), pinned=False, created=0,
         )  # fmt: skip
         assert cache.place(adapter)
-    memory = cache.memory(chunk_bytes)
+    memory = cache.memory(chunk_bytes, 0)
     assert (memory.chunks_total - memory.chunks_free) * page_bytes == 64 * (80 << 20)
+
+
+def test_it_costs_as_much_of_the_hosts_memory() -> None:
+    """Addresses alone: a machine of any size has these."""
+    arena = HostArena(LLAMA_8B, torch.bfloat16, available=lambda: 1 << 40)
+    rooms = [arena.take(ChunkLayout.num_chunks(16)) for _ in range(64)]
+    chunks = sorted(chunk.data_ptr() for room in rooms for chunk in room.chunks)
+    assert all(start + (80 << 20) <= end for start, end in pairwise(chunks)), "nothing overlaps"
+    assert arena.num_taken * arena.chunk_bytes == 64 * (80 << 20)
+    assert (arena.num_chunks - 64) * arena.chunk_bytes < 256 << 20, (
+        "all that is taken from the system is less than a slab more"
+    )
 
 
 @pytest.mark.parametrize(
