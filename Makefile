@@ -67,6 +67,7 @@ bench: $(VENV)/.dev ## Measure what this machine can; appends to tests/bench/res
 bench-gpu: $(VENV)/.dev ## Measure this machine's GPU: steps, prompts, kernels, and serving an 8B model's shape (22 GB in /tmp)
 	$(BIN)/python -m tests.bench.bench_step --breakdown --lora-off --csv tests/bench/results.csv
 	$(BIN)/python -m tests.bench.bench_prefill --csv tests/bench/results.csv
+	$(BIN)/python -m tests.bench.bench_mixed --csv tests/bench/results.csv
 	$(BIN)/python -m tests.bench.bench_kernels
 	$(BIN)/python -m tests.bench.bench_prefill_layer
 	$(BIN)/python -m tests.bench.serve_8b --csv tests/bench/results.csv $(ARGS)

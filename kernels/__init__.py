@@ -6,7 +6,7 @@ kernel in gpu/, which a GPU runs. What the ops are told of a step stands here.
 
 from kernels.edges import EdgeRows, Edges, EdgeSite, add_embeddings, add_logits
 from kernels.paged_plan import PagedPlan
-from kernels.reference import AttentionPlan, DecodeGroup, PrefillSpan, kv_rows
+from kernels.reference import AttentionPlan, DecodeGroup, PrefillSpan, Tokens, kv_rows
 from kernels.segments import LoraSite, Rescaled, Segments
 from kernels.work_list import AdapterRows, LoraDelta, Member, WorkList
 
@@ -24,6 +24,7 @@ __all__ = [
     "PrefillSpan",
     "Rescaled",
     "Segments",
+    "Tokens",
     "WorkList",
     "add_embeddings",
     "add_logits",

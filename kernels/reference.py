@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,26 @@ def _is_amd() -> bool:
 # 43 | 32, 64 rows 115 | 113, 128 rows 189 | 204: there a row is best computed beside a second one, of zeros.
 _FEW_ROWS = 0 if _is_amd() else 3
 _MANY_ROWS = 65 if _is_amd() else 129
+
+
+class Tokens(NamedTuple):
+    """A step's tokens, as places in a table of ids."""
+
+    codes: Tensor  # int64 [num_tokens]
+    table: Tensor  # int64 [any size]
+
+    def ids(self) -> Tensor:
+        """int64 [num_tokens]."""
+        return self.table.index_select(0, self.codes)
+
+
+def embed(tokens: Tokens, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Semantics: weight[ids of the tokens], and as many zeros: the residual, to which layers add.
+
+    weight [vocab_size, hidden_size] -> twice [num_tokens, hidden_size], which may be changed.
+    """
+    x = F.embedding(tokens.ids(), weight)
+    return x, torch.zeros_like(x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -192,6 +213,29 @@ def paged_attention(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float)
     for span in plan.prefills:
         out[span.rows] = _attend_prefill(q[span.rows], cache, span, scale)
     return out
+
+
+def rotary_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    signed_sin: Tensor,
+    cache: Tensor,
+    slot_mapping: Tensor | tuple[Tensor, Tensor],
+    num_heads: int,
+    plan: AttentionPlan,
+    scale: float,
+    head_norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+    delta: LoraDelta | None = None,
+) -> Tensor:
+    """Semantics: rotary_store_kv; paged_attention of the rotated queries. All of qkv may be changed.
+
+    -> [num_tokens, num_heads, head_dim], contiguous.
+    """
+    rotary_store_kv(qkv, cos, signed_sin, cache, slot_mapping, num_heads, head_norms, eps, delta)
+    head_dim = cache.shape[4]
+    q = qkv[:, : num_heads * head_dim].view(len(qkv), num_heads, head_dim)
+    return paged_attention(q, cache, plan, scale)
 
 
 def kv_rows(block_tables: Tensor, cache: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ TORCH_FREE = ["sequence", "fair_queue", "scheduler", "arena", "block_manager"]
 TORCH_FREE += ["adapter", "adapter_cache", "chunk_layout", "config", "grammar"]
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_CODE_LINES = 17_000  # of the four packages; blank lines and comments are free
+MAX_CODE_LINES = 18_000  # of the four packages; blank lines and comments are free
 
 
 def modules(package: str) -> list[Path]:

@@ -49,7 +49,8 @@ class AdapterUploads:
 
     def note_arrivals(self) -> None:
         """Takes note of the copies that are done."""
-        self._pool.note_done()
+        if self.num_begun:
+            self._pool.note_done()
         for adapter in list(self._arriving.values()):  # not all that are there: that may be a thousand, at each step
             self.is_arriving(adapter)
 

@@ -269,7 +269,7 @@ def _make_engine(
         max_overtake_s=config.lora_drain_wait_threshold,
         is_fair=config.schedule_policy == "vtc",
         weights={BASE_CLIENT if name in base.card.names else name: w for name, w in config.adapter_weights},
-        answers_count=base.target.device.type == "cuda",
+        prefill_budget=base.target.prefill_budget,
     )
     return Engine(
         base.card,
@@ -335,7 +335,7 @@ def _make_runner(config: WorkerConfig, base: Base, memory: DeviceMemory, start_u
         pool,
         last_tokens,
         graphs.memory,
-        max_rows=target.chunked_prefill_size,
+        max_rows=-(-target.chunked_prefill_size // 2),
         max_sequences=target.max_running_requests,
         **lengths,
     )

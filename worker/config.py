@@ -158,13 +158,15 @@ class WorkerConfig:
     max_queued_requests: int = _setting(2048, "unfinished sequences that one gateway may have; beyond it 429")
     chunked_prefill_size: int | None = _setting(
         None,
-        "prompt tokens in one step; on a GPU, where up to 512 run in a CUDA graph, running answers take the place of as"
-        " many, up to half. Fewer of them shorten the wait between the others' tokens",
+        "prompt tokens in one step; on a GPU half as many beside up to 128 answers, and answers take the place of as"
+        " many, up to half. Fewer shorten the wait between the others' tokens",
         type=int,
-        default_text="512",
+        default_text="1024 on a GPU, 512 on the CPU",
     )
     cuda_graph_max_bs: int = _setting(
-        256, "sequences in the largest step that is captured as a CUDA graph; without a GPU there are none"
+        256,
+        "sequences in the largest step of answers alone that is captured as a CUDA graph; of steps with prompts, those"
+        " of up to 512 rows are. Without a GPU there are none",
     )
     cuda_graph_dora: bool = _setting(
         False,

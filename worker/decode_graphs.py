@@ -163,8 +163,8 @@ class DecodeGraphs:
             log.info("CUDA graphs: %d sequences done", num_rows)
 
     def _run(self, bucket: Bucket, step: Step) -> tuple[Tensor, Tensor]:
-        token_ids = self.last_tokens.ids(bucket.buffers.codes)
-        logits = self._model.logits(self._model.forward(token_ids, step))
+        hidden = self._model.forward(self.last_tokens.tokens(bucket.buffers.codes), step)
+        logits = self._model.logits(hidden)
         tokens = argmax(logits, bucket.semaphores)
         self.last_tokens.keep(tokens)
         return tokens, logits

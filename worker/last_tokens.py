@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels import Tokens
 from worker.sequence import ScheduledSequence
 
 
@@ -28,9 +29,9 @@ class LastTokens:
         assert end == len(sequence.token_ids) + 1, "only one token may be pending"
         return [*sequence.token_ids[scheduled.start :], self._vocab_size + self._row_of[sequence.sequence_id]]
 
-    def ids(self, codes: Tensor) -> Tensor:
-        """int64 codes of any shape [n] -> token ids. On the device; before this step's tokens are kept."""
-        return self._table.index_select(0, codes)
+    def tokens(self, codes: Tensor) -> Tokens:
+        """What the codes mean, int64 [n]. To be looked up on the device, before this step's tokens are kept."""
+        return Tokens(codes, self._table)
 
     def keep(self, tokens: Tensor) -> None:
         """Takes the tokens of this step's rows, int64 [num_rows]; one that is below 0 (no number) becomes token 0."""

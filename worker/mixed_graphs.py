@@ -139,4 +139,4 @@ class MixedGraphs:
             log.info("CUDA graphs: %d rows with prompts done", num_rows)
 
     def _run(self, num_rows: int, step: Step) -> Tensor:
-        return self._model.forward(self._last_tokens.ids(self._buffers.codes[:num_rows]), step)
+        return self._model.forward(self._last_tokens.tokens(self._buffers.codes[:num_rows]), step)

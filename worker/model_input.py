@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import AttentionPlan, DecodeGroup, Edges, PrefillSpan, Segments, kv_rows
+from kernels import AttentionPlan, DecodeGroup, Edges, PrefillSpan, Segments, Tokens, kv_rows
 from protocol.messages import BASE_GENERATION
 from worker.adapter_pool import AdapterPool, ResidentAdapter, ResidentMix
 from worker.kv_cache import KVCache
@@ -20,7 +20,7 @@ from worker.step_extras import edges_of, rescaled_of
 class ModelInput:
     """One step: its rows are the scheduled tokens of the first sequence, then of the second, ..."""
 
-    token_ids: Tensor  # int64 [num_tokens]
+    tokens: Tokens
     step: Step
     sample_rows: Tensor | None  # int64: the rows whose logits are wanted; None: all of them
     fresh_blocks: list[int]  # blocks whose first slot is written in this step
@@ -64,7 +64,7 @@ def build_model_input(
         edges=edges,
     )
     rows = None if len(sample_rows) == len(codes) else torch.tensor(sample_rows, dtype=torch.int64, device=device)
-    return ModelInput(last_tokens.ids(torch.tensor(codes, device=device)), step, rows, fresh_blocks)
+    return ModelInput(last_tokens.tokens(torch.tensor(codes, device=device)), step, rows, fresh_blocks)
 
 
 def plan_attention(batch: list[ScheduledSequence], kv_cache: KVCache, window: int | None) -> AttentionPlan:

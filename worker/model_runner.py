@@ -47,7 +47,7 @@ class ModelRunner:
         if model_input.fresh_blocks:
             # Slots behind a context's end are masked by a factor of 0, which a NaN left by an earlier owner survives.
             self.kv_cache.data[model_input.fresh_blocks] = 0
-        hidden = self.model.forward(model_input.token_ids, model_input.step)
+        hidden = self.model.forward(model_input.tokens, model_input.step)
         first_rows = accumulate((scheduled.num_tokens for scheduled in batch[:-1]), initial=0)
         scores = score_prompts(batch, list(first_rows), hidden, self._logits)
         sampled = [scheduled for scheduled in batch if scheduled.samples]

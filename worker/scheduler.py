@@ -69,12 +69,12 @@ class Scheduler:
         max_overtake_s: float,
         is_fair: bool = True,
         weights: Mapping[str, float] = MappingProxyType({}),
-        answers_count: bool = False,
+        prefill_budget: Callable[[int], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """max_prefill_tokens: prompt tokens in one step. max_adapters: distinct adapters in one step, base not counted.
 
-        answers_count: answers take the place of as many of them, up to half, since a step's time is its rows'.
+        prefill_budget: of a step with so many answers, above 0, where it is not max_prefill_tokens for all.
         max_overtake_s: how long, from its arrival, others may freely pass one that waits for a place among the
         adapters. is_fair, weights: see FairQueue.
         """
@@ -86,8 +86,7 @@ class Scheduler:
         self._blocks = blocks
         self._adapters = adapters
         self._max_running = max_running
-        self._max_prefill_tokens = max_prefill_tokens
-        self._answers_count = answers_count
+        self._prefill_budget = prefill_budget or (lambda num_answers: max_prefill_tokens)
         self._max_adapters = max_adapters
         self._quantum = _QUANTUM_STEPS * max_prefill_tokens if is_fair else 0.0
         self._max_overtake_s = max_overtake_s
@@ -160,9 +159,7 @@ class Scheduler:
 
     def _schedule_prefills(self, step: dict[int, ScheduledSequence], prefills: list[Sequence]) -> None:
         """Spends the prefill budget on running prompts and on new sequences."""
-        budget = self._max_prefill_tokens
-        if self._answers_count:
-            budget -= min(len(step), budget // 2)
+        budget = self._prefill_budget(len(step))
         long = prefills.pop(0) if prefills and prefills[0].num_uncomputed_tokens > budget else None
         if long is not None:
             budget -= self._extend(step, long, budget - budget // 2)

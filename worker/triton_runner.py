@@ -123,7 +123,7 @@ class TritonRunner:
             work = work_list(adapted, rows.num_rows, self.pool, self._max_chunks)
             side = self._side if rows.num_rows <= MAX_ROWS else None
             step = dataclasses.replace(step, lora=Lora(self.pool.chunks, work, side, rescaled))
-        states = self.model.forward(self._last_tokens.ids(eager.codes), step)
+        states = self.model.forward(self._last_tokens.tokens(eager.codes), step)
         return Hidden(states, eager.sampled, eager.sample_rows)
 
     def _logits(self, hidden: Tensor, generations: list[int]) -> Tensor:

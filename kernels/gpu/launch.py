@@ -187,14 +187,23 @@ def persistent_grid(device: torch.device, max_items: int, programs_per_sm: int) 
     return (max(1, min(max_items, num_sms(device) * programs_per_sm)),)
 
 
+def embed_shape(size: int) -> Shape:
+    """A piece of one row a program."""
+    return Shape(min(1024, padded(size)), 4)
+
+
 def rms_norm_warps(size: int) -> int:
     """One row a program: 8 elements a thread, a 16-byte load."""
     return min(16, max(1, padded(size) // 256))
 
 
 def block_rows(num_rows: int) -> int:
-    """How many rows of one adapter a short segment of a step of num_rows rows has at most: see WorkList."""
-    return 8 if num_rows <= 64 else 16
+    """How many rows of one adapter a short segment of a step of num_rows rows has at most: see WorkList.
+
+    Eight adapters, in graphs, ms a step over the base's, segments of 16 | 32 | 64 rows: 64 answers and a prompt of 190
+    tokens 1.5 | 1.8 | 2.8; 171 answers and two prompts of 170 1.7 | 1.6 | 2.2; a prompt of 512 1.3 | 1.0 | 1.4.
+    """
+    return next((rows for most, rows in ((64, 8), (256, 16), (512, 32)) if num_rows <= most), 16)
 
 
 def long_rows(num_rows: int) -> int:
@@ -202,7 +211,7 @@ def long_rows(num_rows: int) -> int:
 
     The rotary kernel without adapters follows these two, so that its rows see the same order of additions in both.
     """
-    return 0 if num_rows <= 256 else 64
+    return 0 if num_rows <= 512 else 64
 
 
 def num_items(work: WorkList, num_columns: int, block: int, long_block: int) -> int:
@@ -337,9 +346,13 @@ def most_split_programs(device: torch.device) -> int:
     return 4 * num_sms(device)
 
 
-def decode_shape(num_rows: int, group_size: int, head_dim: int, element_size: int) -> AttentionShape:
-    """256 rows, context 512: tiles of 64 keys and 4 warps 134 us, of 32 and 2 127, of which 122 is the bytes' share."""
-    if num_rows > 64 and element_size <= 2:
+def decode_shape(num_rows: int, group_size: int, head_dim: int, element_size: int, is_mixed: bool) -> AttentionShape:
+    """256 rows, context 512: tiles of 64 keys and 4 warps 134 us, of 32 and 2 127, of which 122 is the bytes' share.
+
+    is_mixed: the step has prompts too, and a grid for more rows than are live. Context 320, us: 64 rows 30.3 in tiles
+    of 32 keys, 28.1 of 64; 171 rows 72 and 67; 255 rows 91 and 95.
+    """
+    if num_rows > 64 and element_size <= 2 and not is_mixed:
         return AttentionShape(padded(group_size), 32, 2, 3)
     return AttentionShape(padded(group_size), 64 if head_dim * element_size <= 256 else 32, 4, 3)
 

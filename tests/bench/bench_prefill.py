@@ -2,7 +2,8 @@
 
     python -m tests.bench.bench_prefill [--tokens 1024 4096] [--breakdown] [--csv FILE]
 
-A step of so many prompt tokens as the worker runs it, to the first token on the host. One adapter: one prompt. Eight:
+A step of so many prompt tokens as the worker runs it, to the first token on the host: in a graph up to 512. One
+adapter: one prompt. Eight:
 eight prompts of an eighth of the tokens each. Each against the same prompts without adapters, in turns. TFLOP/s count
 the linears, causal attention and the head.
 """
@@ -16,9 +17,9 @@ import torch
 from tests.bench.breakdown import breakdown, profile, table
 from tests.bench.gpu_model import BLOCK_SIZE, GpuModel, prompt_flops, run_steps, sequence
 from tests.bench.results import add_csv_arguments, append_csv
-from worker.triton_runner import TritonRunner
+from worker.mixed_graphs import SIZES
 
-WARM_UP, ROUNDS, STEPS = 3, 5, 4
+WARM_UP, ROUNDS, STEPS, MAX_PROMPTS = 3, 5, 4, 64
 
 
 class Bench:
@@ -27,7 +28,7 @@ class Bench:
     def __init__(self, rank: int, max_tokens: int) -> None:
         self.blocks = -(-max_tokens // BLOCK_SIZE)
         self.model = GpuModel(rank, self.blocks)
-        self.runner: TritonRunner = self.model.eager(self.model.pool)
+        self.runner = self.model.capture(1, self.model.pool, prompt_rows=SIZES[-1], max_sequences=MAX_PROMPTS).runner
 
     def times(self, num_tokens: int, num_prompts: int, has_adapters: bool, num_steps: int) -> list[float]:
         """Milliseconds of steps of one shape."""

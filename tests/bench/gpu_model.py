@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from worker.layers.ops import triton_ops
 from worker.mixed_graphs import MixedGraphs
 from worker.model_config import ModelConfig, Rope
 from worker.models.decoder import Decoder
-from worker.sequence import Sequence
+from worker.sequence import Sample, Sequence
 from worker.triton_runner import TritonRunner
 
 DEVICE = torch.device("cuda")
@@ -77,18 +78,21 @@ class GpuModel:
         for i in range(NUM_ADAPTERS):
             self.pool.upload(i + 1, packed, range(i * self.num_chunks, (i + 1) * self.num_chunks))
 
-    def capture(self, max_rows: int, pool: AdapterPool | None, prompt_rows: int = 0) -> Captured:
+    def capture(
+        self, max_rows: int, pool: AdapterPool | None, prompt_rows: int = 0, max_sequences: int = 256
+    ) -> Captured:
         """A runner with graphs up to so many rows. pool: this model's, or None for a worker without LoRA.
 
-        prompt_rows: of the largest step with prompts in it that has a graph; 0: none has.
+        prompt_rows: of the largest step with prompts in it that has a graph, for up to max_sequences; 0: none has.
         """
         start = time.perf_counter()
-        state = (self.decoder, LLAMA_8B, self.cache, pool, LastTokens(LLAMA_8B.vocab_size, max_rows, DEVICE))
+        last_tokens = LastTokens(LLAMA_8B.vocab_size, max(max_rows, max_sequences), DEVICE)
+        state = (self.decoder, LLAMA_8B, self.cache, pool, last_tokens)
         sizes = {"max_chunks": self.num_chunks, "max_model_len": MAX_MODEL_LEN}
         graphs = DecodeGraphs(*state, max_rows=max_rows, **sizes)
         mixed = None
         if prompt_rows:
-            mixed = MixedGraphs(*state, graphs.memory, max_rows=prompt_rows, max_sequences=max_rows, **sizes)
+            mixed = MixedGraphs(*state, graphs.memory, max_rows=prompt_rows, max_sequences=max_sequences, **sizes)
         seconds = time.perf_counter() - start
         runner = TritonRunner(
             self.decoder, LLAMA_8B, self.cache, pool, max_chunks=self.num_chunks, graphs=graphs, mixed=mixed
@@ -116,31 +120,44 @@ def sequence(index: int, generation: int, num_tokens: int, num_computed: int, bl
 
 
 def run_steps(runner: TritonRunner, sequences: list[Sequence], num_tokens: int, num_steps: int) -> list[float]:
-    """Milliseconds from step to step, run as the engine runs them: one ahead. The one place that knows how.
+    """Milliseconds from step to step.
 
     num_tokens: of each sequence in a step. After a decode step (1 token) the sequences have grown; a prompt's step is
     the same each time.
     """
+
+    def launch() -> LaunchedStep:
+        launched = runner.launch([each.share(num_tokens) for each in sequences])
+        if num_tokens == 1:
+            for each in sequences:
+                each.num_computed_tokens += 1
+                each.num_pending += 1
+        return launched
+
+    def take(samples: list[Sample]) -> None:
+        if num_tokens == 1:
+            for each, sample in zip(sequences, samples, strict=True):
+                each.num_pending -= 1
+                each.token_ids.append(sample.token_id)
+
+    return run_one_ahead(launch, num_steps, take)
+
+
+def run_one_ahead(
+    launch: Callable[[], LaunchedStep], num_steps: int, take: Callable[[list[Sample]], None] = lambda samples: None
+) -> list[float]:
+    """Milliseconds from step to step, run as the engine runs them. The one place that knows how."""
     times: list[float] = []
     under_way: LaunchedStep | None = None
     last_s = time.perf_counter()
     for i in range(num_steps + 1):
-        launched = None
-        if i < num_steps:
-            launched = runner.launch([each.share(num_tokens) for each in sequences])
-            if num_tokens == 1:
-                for each in sequences:
-                    each.num_computed_tokens += 1
-                    each.num_pending += 1
+        launched = launch() if i < num_steps else None
         if under_way is not None:
             samples = under_way.collect()
             now = time.perf_counter()
             times.append(1e3 * (now - last_s))
             last_s = now
-            if num_tokens == 1:
-                for each, sample in zip(sequences, samples, strict=True):
-                    each.num_pending -= 1
-                    each.token_ids.append(sample.token_id)
+            take(samples)
         under_way = launched
     return times
 

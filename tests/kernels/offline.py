@@ -18,8 +18,9 @@ from triton.compiler import ASTSource
 
 from kernels.gpu import launch
 from kernels.gpu.argmax import argmax
-from kernels.gpu.attention_decode import attention_decode
+from kernels.gpu.attention_decode import attention_decode, rotary_attention_decode
 from kernels.gpu.attention_prefill import attention_prefill
+from kernels.gpu.embed import embed
 from kernels.gpu.few_rows_linear import few_rows_linear
 from kernels.gpu.lora_expand import lora_expand
 from kernels.gpu.lora_rescale import lora_rescale
@@ -30,6 +31,7 @@ from kernels.gpu.sample import sample
 from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.gpu.variant import Variant
 from kernels.paged_plan import PagedPlan
+from kernels.reference import Tokens
 from kernels.segments import LoraSite, Rescaled
 from kernels.work_list import LoraDelta, WorkList
 
@@ -125,6 +127,10 @@ def _attention(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: 
         q = torch.zeros(8, num_heads, head_dim, dtype=dtype)
         attention_decode(q, cache, torch.empty_like(q), plan, 0.1)
         attention_prefill(q, cache, torch.empty_like(q), plan, 0.1)
+        alone = PagedPlan.of(tables, [1] * 3, [9] * 3, window, num_kv_heads, 4)
+        qkv = torch.zeros(3, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
+        angles, slots = torch.zeros(3, 1, head_dim, dtype=dtype), torch.zeros(3, dtype=torch.int64)
+        rotary_attention_decode(qkv, angles, angles, cache, slots, torch.empty_like(q[:3]), alone, 0.1)
 
 
 def _sample(dtype: torch.dtype, vocab_size: int) -> None:
@@ -160,6 +166,7 @@ def main() -> None:
     for size in (4096, 100):
         compiler.label = f"size={size}"
         x, weight = torch.zeros(4, size, dtype=torch.bfloat16), torch.zeros(size, dtype=torch.bfloat16)
+        embed(Tokens(torch.zeros(4, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)), x)
         rms_norm(x, weight, 1e-5)
         add_rms_norm(x, x.clone(), weight, 1e-5)
         silu_and_mul(x)

@@ -19,6 +19,7 @@ KERNELS = [
     "_attention_prefill",
     "_best_of_rows",
     "_draw_rows",
+    "_embed",
     "_few_rows_linear",
     "_lora_expand",
     "_lora_rescale",

@@ -11,8 +11,8 @@ from tests.kernels.layer_case import Layer, LayerShape, mixes
 SHAPES = [LayerShape(200, 3, 1, 64, 136, False), LayerShape(90, 2, 1, 96, 75, True)]
 if CUDA:  # several splits of a shrink, heads of every size
     SHAPES += [LayerShape(1100, 5, 1, 128, 601, True), LayerShape(4104, 2, 2, 256, 1090, False)]
-# Short segments of 8 rows, of 16, and long ones of 64: see launch.block_rows and long_rows.
-NUM_ROWS = [37, 97, 301] if CUDA else [21, 261]
+# Short segments of 8 rows, of 16, of 32, and long ones of 64: see launch.block_rows and long_rows.
+NUM_ROWS = [37, 97, 301, 557] if CUDA else [21, 261, 517]
 
 
 @pytest.mark.parametrize("num_rows", NUM_ROWS)

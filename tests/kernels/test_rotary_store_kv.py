@@ -123,9 +123,9 @@ def test_adapters(name: str, dtype: torch.dtype, has_norms: bool) -> None:
 @pytest.mark.parametrize("has_norms", [False, True])
 def test_long_segments(has_norms: bool) -> None:
     """A prompt, some decodes and the base model's rows, so many that both kernels take long tiles."""
-    num_heads, num_kv_heads, head_dim, num_rows = 2, 1, 40, 290
+    num_heads, num_kv_heads, head_dim, num_rows = 2, 1, 40, 530
     outs = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
-    mix = [0] * 150 + [-1] * 70 + [1] * 40 + [2] * 9 + [-1] * 21
+    mix = [0] * 280 + [-1] * 130 + [1] * 70 + [2] * 9 + [-1] * 41
     case = lora_case(mix, [16, 40, 24], 64, outs, torch.float32, seed=2)
     x, qkv = (
         randn(3, num_rows, 64, dtype=torch.float32),

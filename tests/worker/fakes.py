@@ -316,7 +316,7 @@ class Harness:
         policy: str = "lru",
         max_overtake_s: float = 1.0,
         is_fair: bool = True,
-        answers_count: bool = False,
+        prefill_budget: Callable[[int], int] | None = None,
         enabled: bool = True,
         resolves: bool = False,
         hash_block: Callable[[bytes, bytes], bytes] | None = None,
@@ -373,7 +373,7 @@ class Harness:
             max_adapters=max_loras_per_batch,
             max_overtake_s=max_overtake_s,
             is_fair=is_fair,
-            answers_count=answers_count,
+            prefill_budget=prefill_budget,
             clock=lambda: self.now,
         )
         of_pages = blocks_per_page if num_pages else 0

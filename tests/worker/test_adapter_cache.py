@@ -142,9 +142,9 @@ def test_host_memory_keeps_pinned_and_recent_ones_and_prefers_to_drop_the_unwant
     cache = cache_of(max_loaded=3, num_chunks=8)
     a, b, c, d = (publish(cache, name, pinned=name == "a")[0] for name in "abcd")
     for adapter in (a, b, c):
-        assert cache.add_to_host(adapter) == []
+        assert cache.host.add(adapter) == []
     cache.retain(b)  # a sequence waits for it
-    assert cache.add_to_host(d) == [c]
+    assert cache.host.add(d) == [c]
     assert a.in_host and b.in_host and not c.in_host
     cache.check_integrity()
 
@@ -159,7 +159,7 @@ def test_any_history_keeps_the_books(history: list[tuple[int, int, int, bool]]) 
         named = cache.named(name)
         if action <= 1:
             if cache.check(name, num_chunks * 16, num_chunks, pinned) is None:
-                cache.add_to_host(publish(cache, name, num_chunks, pinned)[0])
+                cache.host.add(publish(cache, name, num_chunks, pinned)[0])
         elif action == 2:
             cache.withdraw(name)
         elif action == 3 and named is not None:

@@ -56,8 +56,8 @@ def test_a_step_computes_at_most_its_prefill_budget_beside_the_answers() -> None
     assert all(harness.tokens(i) == answer(list(range(7 * i, 7 * i + 7)), 3) for i in range(6))
 
 
-def test_answers_take_the_place_of_prompt_tokens_up_to_half_of_them() -> None:
-    harness = Harness(max_prefill_tokens=4, answers_count=True)
+def test_the_budget_of_prompt_tokens_may_be_another_for_each_number_of_answers() -> None:
+    harness = Harness(max_prefill_tokens=4, prefill_budget=lambda num_answers: 4 - min(num_answers, 2))
     sizes: list[tuple[int, int]] = []
 
     def note(batch: list[ScheduledSequence]) -> None:

@@ -41,7 +41,7 @@ def test_codes_become_the_tokens_that_are_known_and_those_that_are_not() -> None
     last.set_rows({11: 2, 12: 1})
     codes = [*last.codes(sequence(3, 5).share(1)), *last.codes(sequence(11, 6, num_pending=1).share(1))]
     codes += last.codes(sequence(12, 2, num_pending=1).share(1))
-    assert last.ids(torch.tensor(codes)).tolist() == [3, 9, 0], "what was no number is read as token 0"
+    assert last.tokens(torch.tensor(codes)).ids().tolist() == [3, 9, 0], "what was no number is read as token 0"
     with pytest.raises(KeyError):
         last.codes(sequence(13, 6, num_pending=1).share(1))
 

@@ -10,19 +10,19 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels import LoraDelta, LoraSite, Rescaled, reference, reference_lora
+from kernels import LoraDelta, LoraSite, Rescaled, Tokens, reference, reference_lora
 
 
 @dataclass(frozen=True, slots=True)
 class Ops:
     """One backend's ops."""
 
+    embed: Callable[[Tokens, Tensor], tuple[Tensor, Tensor]]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     gated_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    rotary_store_kv: Callable[..., None]
-    paged_attention: Callable[[Tensor, Tensor, Any, float], Tensor]
+    rotary_attention: Callable[..., Tensor]
     silu_and_mul: Callable[[Tensor, LoraDelta | None], Tensor]
     lora_shrink: Callable[[Tensor, Tensor, LoraSite, Any], Tensor]
     lora_expand: Callable[[Tensor, Tensor, Tensor, LoraSite, Any], None]
@@ -30,12 +30,12 @@ class Ops:
 
 
 TORCH = Ops(
+    embed=reference.embed,
     linear=reference.linear,
     gated_linear=reference.gated_linear,
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
-    rotary_store_kv=reference.rotary_store_kv,
-    paged_attention=reference.paged_attention,
+    rotary_attention=reference.rotary_attention,
     silu_and_mul=reference.silu_and_mul,
     lora_shrink=reference_lora.lora_shrink,
     lora_expand=reference_lora.lora_expand,
@@ -48,12 +48,12 @@ def triton_ops() -> Ops:
     from kernels import gpu
 
     return Ops(
+        embed=gpu.embed,
         linear=gpu.linear,
         gated_linear=gpu.gated_linear,
         rms_norm=gpu.rms_norm,
         add_rms_norm=gpu.add_rms_norm,
-        rotary_store_kv=gpu.rotary_store_kv,
-        paged_attention=gpu.paged_attention,
+        rotary_attention=gpu.rotary_attention,
         silu_and_mul=gpu.silu_and_mul,
         lora_shrink=gpu.lora_shrink,
         lora_expand=gpu.lora_expand,

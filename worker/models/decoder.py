@@ -4,10 +4,9 @@ import copy
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Edges, EdgeSite, LoraSite, add_embeddings, add_logits
+from kernels import Edges, EdgeSite, LoraSite, Tokens, add_embeddings, add_logits
 from worker.chunk_layout import CHUNK_RANK, MODULES, ChunkLayout
 from worker.layers.linear import Linear
 from worker.layers.ops import TORCH, Ops
@@ -32,7 +31,7 @@ class Attention:
 
     def __init__(self, config: ModelConfig, layer: int, weights: Weights, layout: ChunkLayout, ops: Ops) -> None:
         self.layer = layer
-        self.num_heads, self.head_dim, self.q_size = config.num_heads, config.head_dim, config.q_size
+        self.num_heads, self.scale = config.num_heads, config.head_dim**-0.5
         self.eps = config.rms_norm_eps
         self._ops = ops
         prefix = f"model.layers.{layer}.self_attn."
@@ -46,14 +45,12 @@ class Attention:
 
     def __call__(self, x: Tensor, residual: Tensor, cos: Tensor, signed_sin: Tensor, step: Step) -> Tensor:
         """x [num_tokens, hidden_size] -> the same shape. residual as in Linear."""
-        num_tokens, cache = x.shape[0], step.kv_layers[self.layer]
         qkv, delta = self.qkv_proj.with_delta(x, step.lora)
-        self._ops.rotary_store_kv(
-            qkv, cos, signed_sin, cache, step.slot_mapping, self.num_heads, self.head_norms, self.eps, delta
-        )
-        q = qkv[:, : self.q_size].view(num_tokens, self.num_heads, self.head_dim)
-        out = self._ops.paged_attention(q, cache, step.attention, self.head_dim**-0.5)
-        return self.o_proj(out.view(num_tokens, -1), residual, step.lora)
+        out = self._ops.rotary_attention(
+            qkv, cos, signed_sin, step.kv_layers[self.layer], step.slot_mapping, self.num_heads, step.attention,
+            self.scale, self.head_norms, self.eps, delta,
+        )  # fmt: skip
+        return self.o_proj(out.view(len(x), -1), residual, step.lora)
 
 
 class Mlp:
@@ -116,14 +113,13 @@ class Decoder:
         model.layers = self.layers[:1]
         return model
 
-    def forward(self, token_ids: Tensor, step: Step) -> Tensor:
-        """token_ids int64 [num_tokens] -> hidden states [num_tokens, hidden_size], before the last norm."""
+    def forward(self, tokens: Tokens, step: Step) -> Tensor:
+        """Hidden states [num_tokens, hidden_size], before the last norm."""
         cos, signed_sin = self.rotary_embedding(step.positions)
-        x = F.embedding(token_ids, self.embed_tokens)
+        x, residual = self._ops.embed(tokens, self.embed_tokens)
         if step.edges is not None:
             assert self._edge_site is not None
-            add_embeddings(x, token_ids, self._edge_site, step.edges)
-        residual = torch.zeros_like(x)
+            add_embeddings(x, tokens.ids(), self._edge_site, step.edges)
         for layer in self.layers:
             x = layer(x, residual, cos, signed_sin, step)
         return residual.add_(x)
