@@ -49,16 +49,10 @@ class Target:
         return triton_ops() if self.uses_triton else TORCH
 
     def prefill_budget(self, num_answers: int) -> int:
-        """Prompt tokens of a step with so many answers.
-
-        On a GPU a step's time is that of its rows: answers take the place of as many prompt tokens, up to half of them.
-        """
-        most = self.chunked_prefill_size
+        """Prompt tokens of a step with so many answers."""
         if self.device.type != "cuda":
-            return most
-        if 0 < num_answers <= FEW_ANSWERS:
-            most = -(-most // 2)
-        return most - min(num_answers, most // 2)
+            return self.chunked_prefill_size
+        return gpu_prefill_budget(self.chunked_prefill_size, num_answers)
 
     def available_bytes(self) -> int:
         """Memory that KV and adapters may still take there."""
@@ -66,6 +60,13 @@ class Target:
             return available_bytes()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
+
+
+def gpu_prefill_budget(chunked_prefill_size: int, num_answers: int) -> int:
+    """Target.prefill_budget on a GPU, where a step's time is that of its rows: answers take the place of as many prompt
+    tokens, up to half of them."""
+    most = -(-chunked_prefill_size // 2) if 0 < num_answers <= FEW_ANSWERS else chunked_prefill_size
+    return most - min(num_answers, most // 2)
 
 
 def find_target(config: WorkerConfig) -> Target:

@@ -13,9 +13,12 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from protocol.sampling import SamplingParams
 from worker.block_manager import BlockManager
+from worker.device import gpu_prefill_budget
 from worker.scheduler import Admission, Scheduler
 from worker.sequence import Sequence
 
@@ -46,9 +49,10 @@ class Simulation:
     def __init__(self, **limits: object) -> None:
         """limits: of the scheduler, where they are not the defaults."""
         self.now_s = 0.0
-        defaults = {"max_running": 256, "max_prefill_tokens": 1024, "max_adapters": 8, "max_overtake_s": 1.0}
-        blocks = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
-        self.scheduler = Scheduler(blocks, AllThere(), clock=lambda: self.now_s, **(defaults | limits))
+        all_limits: dict[str, Any] = {"max_running": 256, "max_prefill_tokens": 1024, "max_adapters": 8}
+        all_limits |= {"max_overtake_s": 1.0, "clock": lambda: self.now_s} | limits
+        all_limits["prefill_budget"] = partial(gpu_prefill_budget, all_limits["max_prefill_tokens"])
+        self.scheduler = Scheduler(BlockManager(NUM_BLOCKS, BLOCK_SIZE), AllThere(), **all_limits)
         self.num_sequences = 0
         self.num_tokens: Counter[int] = Counter()  # of answers, by generation
         self.first_s: defaultdict[int, list[float]] = defaultdict(list)  # from arrival to the first token
