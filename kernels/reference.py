@@ -215,29 +215,6 @@ def paged_attention(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float)
     return out
 
 
-def rotary_attention(
-    qkv: Tensor,
-    cos: Tensor,
-    signed_sin: Tensor,
-    cache: Tensor,
-    slot_mapping: Tensor | tuple[Tensor, Tensor],
-    num_heads: int,
-    plan: AttentionPlan,
-    scale: float,
-    head_norms: tuple[Tensor, Tensor] | None = None,
-    eps: float = 0.0,
-    delta: LoraDelta | None = None,
-) -> Tensor:
-    """Semantics: rotary_store_kv; paged_attention of the rotated queries. All of qkv may be changed.
-
-    -> [num_tokens, num_heads, head_dim], contiguous.
-    """
-    rotary_store_kv(qkv, cos, signed_sin, cache, slot_mapping, num_heads, head_norms, eps, delta)
-    head_dim = cache.shape[4]
-    q = qkv[:, : num_heads * head_dim].view(len(qkv), num_heads, head_dim)
-    return paged_attention(q, cache, plan, scale)
-
-
 def kv_rows(block_tables: Tensor, cache: Tensor) -> Tensor:
     """Where the keys and values of blocks stand, as rows of one (block, key or value, head) in the cache's memory.
 

@@ -47,52 +47,6 @@ def _combine(
 
 
 @triton.jit
-def _load_rotated(row, heads, is_head, cos, signed_sin, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Some heads of a row, rotated: [number of heads, BLOCK_D]. The operations of rotary_store_kv, and its rounding.
-
-    cos, signed_sin: float32 [BLOCK_D].
-    """
-    dims = tl.arange(0, BLOCK_D)
-    starts = row + heads[:, None] * HEAD_DIM
-    mask = is_head[:, None] & (dims < HEAD_DIM)[None, :]
-    own = tl.load(starts + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-    partners = (dims + HEAD_DIM // 2) % HEAD_DIM
-    partner = tl.load(starts + partners[None, :], mask=mask, other=0.0).to(tl.float32)
-    return (own * cos[None, :] + partner * signed_sin[None, :]).to(row.dtype.element_ty)
-
-
-@triton.jit
-def _rotate_and_store(
-    qkv, cache, cos, signed_sin, slot_mapping, row, heads, is_head, kv_head, is_mine, cos_stride, block_stride,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr, IS_EARLY: tl.constexpr,
-):  # fmt: skip
-    """A row's queries, rotated. If it is this program's, the row's new key, rotated, and value are in the cache then.
-
-    qkv points to the row's own. Without a slot nothing is written.
-    """
-    dims = tl.arange(0, BLOCK_D)
-    is_dim = dims < HEAD_DIM
-    c = tl.load(cos + row * cos_stride + dims, mask=is_dim, other=0.0).to(tl.float32)
-    s = tl.load(signed_sin + row * cos_stride + dims, mask=is_dim, other=0.0).to(tl.float32)
-    slot = tl.load(slot_mapping + row)
-    is_stored = tl.arange(0, 1) < tl.where(is_mine & (slot >= 0), 1, 0)  # of one head
-    mask = is_stored[:, None] & is_dim[None, :]
-    key = NUM_HEADS + kv_head + tl.arange(0, 1)
-    value = qkv + (NUM_HEADS + NUM_KV_HEADS + kv_head) * HEAD_DIM + dims[None, :]
-    place = cache + slot // BLOCK_SIZE * block_stride + (kv_head * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM
-    place += dims[None, :]
-    wait_for_kernel_before(IS_EARLY)
-    query = _load_rotated(qkv, heads, is_head, c, s, HEAD_DIM, BLOCK_D)
-    k = _load_rotated(qkv, key, is_stored, c, s, HEAD_DIM, BLOCK_D)
-    v = tl.load(value, mask=mask, other=0.0)
-    tl.store(place, k, mask=mask)
-    tl.store(place + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM, v, mask=mask)
-    tl.debug_barrier()  # from here on all of the program reads them there
-    return query
-
-
-@triton.jit
 def _attend(
     query, cache, table, start, end, oldest, kv_head, scale, block_stride, NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -120,11 +74,11 @@ def _attend(
 
 @triton.jit
 def _attention_decode(
-    q, cache, out, block_tables, context_lens, num_live, partials, stats, semaphores, cos, signed_sin, slot_mapping,
-    scale, q_stride, cos_stride, table_stride, block_stride, window, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    q, cache, out, block_tables, context_lens, num_live, partials, stats, semaphores, scale, q_stride, table_stride,
+    block_stride, window, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, MAX_SPLITS: tl.constexpr, MOST_SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    FOLDS_ROTARY: tl.constexpr, IS_EARLY: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     let_next_start(IS_EARLY)
@@ -147,14 +101,8 @@ def _attention_decode(
         end = tl.minimum(start + tiles_of_split * BLOCK_N, context_len)
         table = block_tables + row * table_stride
         q += row * q_stride
-        if FOLDS_ROTARY:
-            query = _rotate_and_store(
-                q, cache, cos, signed_sin, slot_mapping, row, heads, is_head, kv_head, split == num_used - 1,
-                cos_stride, block_stride, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_D, IS_EARLY,
-            )  # fmt: skip
-        else:
-            wait_for_kernel_before(IS_EARLY)
-            query = tl.load(q + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        wait_for_kernel_before(IS_EARLY)
+        query = tl.load(q + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
         best, total, acc = _attend(
             query, cache, table, start, end, oldest, kv_head, scale, block_stride, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE,
             BLOCK_M, BLOCK_N, BLOCK_D, HAS_WINDOW,
@@ -189,48 +137,23 @@ def attention_decode(q: Tensor, cache: Tensor, out: Tensor, plan: PagedPlan, sca
 
     The context is split so that there are programs enough, however few of the rows that the grid is for are live.
     """
-    assert q.stride()[1:] == (q.shape[2], 1) and q.shape == out.shape
-    _run(q, cache, out, plan, scale, None)
-
-
-def rotary_attention_decode(
-    qkv: Tensor, cos: Tensor, signed_sin: Tensor, cache: Tensor, slot_mapping: Tensor, out: Tensor, plan: PagedPlan,
-    scale: float,
-) -> None:  # fmt: skip
-    """Semantics: rotary_store_kv, then attention_decode, bit for bit: without head norms, adapters and rows of prompts.
-
-    Shapes as theirs; qkv stays as it is. A row's slot is where its block table has the last token of its context; rows
-    that are not live write nothing.
-    """
-    assert qkv.shape[1] == (out.shape[1] + 2 * cache.shape[2]) * out.shape[2] and qkv.stride(1) == 1
-    assert plan.num_decodes <= len(qkv) == len(slot_mapping) and slot_mapping.is_contiguous()
-    assert cos.stride() == signed_sin.stride() and cos.stride(-1) == 1
-    _run(qkv, cache, out, plan, scale, (cos, signed_sin, slot_mapping))
-
-
-def _run(
-    q: Tensor, cache: Tensor, out: Tensor, plan: PagedPlan, scale: float, rotary: tuple[Tensor, Tensor, Tensor] | None
-) -> None:
-    num_rows, (_, num_heads, head_dim) = plan.num_decodes, out.shape
+    num_rows, (_, num_heads, head_dim) = plan.num_decodes, q.shape
     _, _, num_kv_heads, block_size, _ = cache.shape
     group_size = num_heads // num_kv_heads
     assert block_size >= 16 and block_size & (block_size - 1) == 0 and cache.shape[4] == head_dim
     assert cache.stride()[1:] == (num_kv_heads * block_size * head_dim, block_size * head_dim, head_dim, 1)
-    assert out.is_contiguous() and q.dtype == cache.dtype
+    assert q.stride()[1:] == (head_dim, 1) and out.is_contiguous() and q.dtype == cache.dtype
     assert plan.block_tables.dtype == plan.context_lens.dtype == torch.int32 and plan.block_tables.stride(1) == 1
     most_split = launch.most_split_programs(q.device)
     num_programs = min(num_rows * num_kv_heads * launch.MAX_SPLITS, max(num_rows * num_kv_heads, most_split))
     size = num_programs * group_size
     shape = launch.decode_shape(num_rows, group_size, head_dim, q.element_size(), plan.tiles is not None)
-    has_window, folds_rotary = plan.window is not None, rotary is not None
-    cos, signed_sin, slot_mapping = rotary or (None, None, None)
     launch.run(
-        _variant(shape, most_split, num_kv_heads, group_size, head_dim, block_size, has_window, folds_rotary),
+        _variant(shape, most_split, num_kv_heads, group_size, head_dim, block_size, plan.window is not None),
         (num_programs,), q, cache, out, plan.block_tables, plan.context_lens, plan.num_live,
         torch.empty(size * head_dim, dtype=torch.float32, device=q.device),
-        torch.empty(size * 2, dtype=torch.float32, device=q.device), plan.semaphores, cos, signed_sin, slot_mapping,
-        scale, q.stride(0), 0 if cos is None else cos.stride(0), plan.block_tables.stride(0), cache.stride(0),
-        plan.window or 0,
+        torch.empty(size * 2, dtype=torch.float32, device=q.device), plan.semaphores, scale, q.stride(0),
+        plan.block_tables.stride(0), cache.stride(0), plan.window or 0,
     )  # fmt: skip
 
 
@@ -243,12 +166,10 @@ def _variant(
     head_dim: int,
     block_size: int,
     has_window: bool,
-    folds_rotary: bool,
 ) -> Variant:
-    """Without fused products and sums: with RoPE folded in and without, the kernel is to give the same bits."""
     return launch.variant(
-        _attention_decode, num_warps=shape.num_warps, num_stages=shape.num_stages, early=True, fuse=False,
+        _attention_decode, num_warps=shape.num_warps, num_stages=shape.num_stages, early=True,
         NUM_KV_HEADS=num_kv_heads, GROUP=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, BLOCK_M=shape.block_m,
         BLOCK_N=shape.block_n, BLOCK_D=launch.padded(head_dim), MAX_SPLITS=launch.MAX_SPLITS, MOST_SPLIT=most_split,
-        HAS_WINDOW=has_window, FOLDS_ROTARY=folds_rotary,
+        HAS_WINDOW=has_window,
     )  # fmt: skip

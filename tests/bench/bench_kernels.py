@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.gpu import launch
 from kernels.gpu.argmax import argmax
-from kernels.gpu.attention_decode import attention_decode, rotary_attention_decode
+from kernels.gpu.attention_decode import attention_decode
 from kernels.gpu.attention_prefill import attention_prefill
 from kernels.gpu.lora_expand import lora_expand
 from kernels.gpu.lora_shrink import lora_shrink
@@ -172,7 +172,6 @@ def base_kernels(m: int) -> Iterator[Row]:
         "attention_decode", m, 0, time_layers(lambda i: attention_decode(q, cache[:, i], out, plan, HEAD_DIM**-0.5)),
         m * (CONTEXT * KV_HEADS * HEAD_DIM * 4 + HEADS * HEAD_DIM * 4),
     )  # fmt: skip
-    yield from rotary_attention(m, cache, plan)
     logits = randn(m, VOCAB)
     semaphores = torch.zeros(m, dtype=torch.int32, device="cuda")
     yield Row("argmax", m, 0, time_layers(lambda i: argmax(logits, semaphores)), 2 * m * VOCAB)
@@ -187,24 +186,6 @@ def base_kernels(m: int) -> Iterator[Row]:
 
         yield Row(f"sample {label}", m, 0, time_layers(draw), 2 * m * VOCAB)
     yield Row("argmax of torch", m, 0, time_layers(lambda i: logits.argmax(-1)), 2 * m * VOCAB)
-
-
-def rotary_attention(m: int, cache: Tensor, plan: PagedPlan) -> Iterator[Row]:
-    """Decode attention from the qkv GEMM's output: in one kernel, and in the two that steps with adapters have."""
-    table, out = randn(m, 1, HEAD_DIM), torch.empty(m, HEADS, HEAD_DIM, dtype=BF16, device="cuda")
-    slots = plan.block_tables[:, -1].long() * BLOCK_SIZE + (CONTEXT - 1) % BLOCK_SIZE
-    qkv, scale = randn(LAYERS, m, QKV), HEAD_DIM**-0.5
-
-    def folded(i: int) -> None:
-        rotary_attention_decode(qkv[i], table, table, cache[:, i], slots, out, plan, scale)
-
-    def pair(i: int) -> None:
-        rotary_store_kv(qkv[i], table, table, cache[:, i], slots, HEADS)
-        attention_decode(qkv[i, :, : HEADS * HEAD_DIM].view(out.shape), cache[:, i], out, plan, scale)
-
-    num_bytes = m * (CONTEXT * KV_HEADS * HEAD_DIM * 4 + (HEADS * 2 + KV_HEADS * 2) * HEAD_DIM * 2)
-    yield Row("rotary_attention", m, 0, time_layers(folded), num_bytes)
-    yield Row("rotary, attention", m, 0, time_layers(pair), num_bytes)
 
 
 def prefill_kernels(m: int) -> Iterator[Row]:

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from kernels.gpu import launch
 from kernels.gpu.argmax import argmax
-from kernels.gpu.attention_decode import attention_decode, rotary_attention_decode
+from kernels.gpu.attention_decode import attention_decode
 from kernels.gpu.attention_prefill import attention_prefill
 from kernels.gpu.embed import embed
 from kernels.gpu.few_rows_linear import few_rows_linear
@@ -127,10 +127,6 @@ def _attention(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: 
         q = torch.zeros(8, num_heads, head_dim, dtype=dtype)
         attention_decode(q, cache, torch.empty_like(q), plan, 0.1)
         attention_prefill(q, cache, torch.empty_like(q), plan, 0.1)
-        alone = PagedPlan.of(tables, [1] * 3, [9] * 3, window, num_kv_heads, 4)
-        qkv = torch.zeros(3, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
-        angles, slots = torch.zeros(3, 1, head_dim, dtype=dtype), torch.zeros(3, dtype=torch.int64)
-        rotary_attention_decode(qkv, angles, angles, cache, slots, torch.empty_like(q[:3]), alone, 0.1)
 
 
 def _sample(dtype: torch.dtype, vocab_size: int) -> None:

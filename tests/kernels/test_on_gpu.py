@@ -5,12 +5,10 @@ import torch
 from torch import Tensor
 
 from kernels.gpu.argmax import argmax
-from kernels.gpu.attention_decode import attention_decode, rotary_attention_decode
+from kernels.gpu.attention_decode import attention_decode
 from kernels.gpu.few_rows_linear import few_rows_linear
-from kernels.gpu.few_rows_linear import linear as gpu_linear
 from kernels.gpu.lora_expand import lora_expand
 from kernels.gpu.lora_shrink import lora_shrink
-from kernels.gpu.rotary_store_kv import rotary_store_kv
 from kernels.gpu.sample import sample
 from kernels.gpu.silu_and_mul import silu_and_mul
 from kernels.paged_plan import PagedPlan
@@ -36,7 +34,6 @@ from tests.kernels.cases import (
     relative_error,
 )
 from tests.kernels.layer_case import BASE, Layer, LayerShape
-from tests.kernels.test_rotary_store_kv import tables
 
 BF16 = torch.bfloat16
 HIDDEN, INTERMEDIATE = 4096, 14336
@@ -163,49 +160,6 @@ def test_attention_is_deterministic_and_right_at_any_context(head_dim: int, num_
         known = PagedCase(case.cache, case.block_tables, lengths)
         expected = attend_float64(q, known, [1] * num_rows, None, head_dim**-0.5)
         assert relative_error(outs[0], expected) <= 5e-3 and not plan.semaphores.any()
-
-
-@pytest.mark.parametrize("num_rows", [1, 16, 64, 130])
-@pytest.mark.parametrize(
-    ("heads", "window"), [((32, 8, 128), None), ((9, 3, 64), 100), ((28, 4, 96), None), ((16, 8, 256), 100)], ids=str
-)
-def test_attention_with_rope_folded_in_keeps_every_bit(
-    heads: tuple[int, int, int], num_rows: int, window: int | None
-) -> None:
-    """Of two layers in one graph, each behind its GEMM, over steps in which every context grows by a token."""
-    num_heads, num_kv_heads, head_dim = heads
-    lens, num_steps, size = [1 + 37 * i % 150 for i in range(num_rows)], 70, (num_heads + 2 * num_kv_heads) * head_dim
-    case = paged_case([length + num_steps for length in lens], num_kv_heads, head_dim, 64, BF16, seed=1)
-    caches = [[case.cache.clone() for _ in range(2)] for _ in range(2)]  # of the folded kernel and the two, by layer
-    plan = PagedPlan.of(case.block_tables, [1] * num_rows, lens, window, num_kv_heads, 1)
-    x, weights = randn(2, num_rows, 512, dtype=BF16), randn(3, 2, size, 512, dtype=BF16) * 0.05
-    angles, slots = tables(num_rows, head_dim, BF16), torch.full((num_rows,), -1, device=DEVICE)
-    outs = torch.zeros(2, 2, num_rows, num_heads, head_dim, dtype=BF16, device=DEVICE)
-
-    def run() -> None:
-        for layer in range(2):
-            qkv = gpu_linear(x, weights[layer])
-            rotary_attention_decode(qkv, *angles, caches[0][layer], slots, outs[0, layer], plan, head_dim**-0.5)
-            qkv = gpu_linear(x, weights[layer])
-            rotary_store_kv(qkv, *angles, caches[1][layer], slots, num_heads)
-            q = qkv[:, : num_heads * head_dim].view(outs[1, layer].shape)
-            attention_decode(q, caches[1][layer], outs[1, layer], plan, head_dim**-0.5)
-
-    run()  # without slots: compiles, writes nothing
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for step in range(num_steps):
-        last = torch.tensor(lens, device=DEVICE) + step - 1
-        slots.copy_(case.block_tables.long().gather(1, last[:, None] // 64)[:, 0] * 64 + last % 64)
-        plan.context_lens.copy_(last + 1)
-        x.normal_()
-        outs.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(outs[0], outs[1]) and bool(outs.isfinite().all()), step
-    assert not plan.semaphores.any()
-    for folded, of_pair in zip(*caches, strict=True):
-        assert torch.equal(folded.view(torch.int16), of_pair.view(torch.int16))
 
 
 def test_argmax_of_a_real_vocabulary() -> None:

@@ -228,7 +228,7 @@ def test_two_runs_are_bit_identical_in_bfloat16(tmp_path: Path) -> None:
         assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral"])  # with head norms; in a window, RoPE folded into attention
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])  # with head norms; in a window
 def test_base_rows_are_bit_identical_whatever_adapters_are_beside_them(tmp_path: Path, family: str) -> None:
     """In prompts, in eager decodes and in graphs: one adapter, many, fewer again, none."""
     model_dir = write_tiny_model(tmp_path / "model", family)

@@ -22,7 +22,8 @@ class Ops:
     gated_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    rotary_attention: Callable[..., Tensor]
+    rotary_store_kv: Callable[..., None]
+    paged_attention: Callable[[Tensor, Tensor, Any, float], Tensor]
     silu_and_mul: Callable[[Tensor, LoraDelta | None], Tensor]
     lora_shrink: Callable[[Tensor, Tensor, LoraSite, Any], Tensor]
     lora_expand: Callable[[Tensor, Tensor, Tensor, LoraSite, Any], None]
@@ -35,7 +36,8 @@ TORCH = Ops(
     gated_linear=reference.gated_linear,
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
-    rotary_attention=reference.rotary_attention,
+    rotary_store_kv=reference.rotary_store_kv,
+    paged_attention=reference.paged_attention,
     silu_and_mul=reference.silu_and_mul,
     lora_shrink=reference_lora.lora_shrink,
     lora_expand=reference_lora.lora_expand,
@@ -53,7 +55,8 @@ def triton_ops() -> Ops:
         gated_linear=gpu.gated_linear,
         rms_norm=gpu.rms_norm,
         add_rms_norm=gpu.add_rms_norm,
-        rotary_attention=gpu.rotary_attention,
+        rotary_store_kv=gpu.rotary_store_kv,
+        paged_attention=gpu.paged_attention,
         silu_and_mul=gpu.silu_and_mul,
         lora_shrink=gpu.lora_shrink,
         lora_expand=gpu.lora_expand,

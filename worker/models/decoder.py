@@ -31,7 +31,7 @@ class Attention:
 
     def __init__(self, config: ModelConfig, layer: int, weights: Weights, layout: ChunkLayout, ops: Ops) -> None:
         self.layer = layer
-        self.num_heads, self.scale = config.num_heads, config.head_dim**-0.5
+        self.num_heads, self.head_dim, self.q_size = config.num_heads, config.head_dim, config.q_size
         self.eps = config.rms_norm_eps
         self._ops = ops
         prefix = f"model.layers.{layer}.self_attn."
@@ -45,12 +45,14 @@ class Attention:
 
     def __call__(self, x: Tensor, residual: Tensor, cos: Tensor, signed_sin: Tensor, step: Step) -> Tensor:
         """x [num_tokens, hidden_size] -> the same shape. residual as in Linear."""
+        num_tokens, cache = x.shape[0], step.kv_layers[self.layer]
         qkv, delta = self.qkv_proj.with_delta(x, step.lora)
-        out = self._ops.rotary_attention(
-            qkv, cos, signed_sin, step.kv_layers[self.layer], step.slot_mapping, self.num_heads, step.attention,
-            self.scale, self.head_norms, self.eps, delta,
-        )  # fmt: skip
-        return self.o_proj(out.view(len(x), -1), residual, step.lora)
+        self._ops.rotary_store_kv(
+            qkv, cos, signed_sin, cache, step.slot_mapping, self.num_heads, self.head_norms, self.eps, delta
+        )
+        q = qkv[:, : self.q_size].view(num_tokens, self.num_heads, self.head_dim)
+        out = self._ops.paged_attention(q, cache, step.attention, self.head_dim**-0.5)
+        return self.o_proj(out.view(num_tokens, -1), residual, step.lora)
 
 
 class Mlp:
