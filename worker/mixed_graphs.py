@@ -21,6 +21,7 @@ from worker.adapter_pool import AdapterPool
 from worker.graph_capture import capture
 from worker.kv_cache import KVCache
 from worker.last_tokens import LastTokens
+from worker.layers.side_stream import MAX_ROWS, SideStream
 from worker.layers.step import Lora, Step
 from worker.model_config import ModelConfig
 from worker.models.decoder import Decoder
@@ -86,6 +87,7 @@ class MixedGraphs:
         self._buffers = PromptBuffers(most, max_sequences, max_tiles, width, device)
         self._semaphores = torch.zeros(max_sequences * self._num_kv_heads, dtype=torch.int32, device=device)
         self._of = {size: _Size(size, pool, max_chunks) for size in self.sizes}
+        self._side = SideStream(device)
         self._capture_all(graph_pool)
 
     def fits(self, rows: StepRows) -> bool:
@@ -121,7 +123,8 @@ class MixedGraphs:
         base = Step(buffers.positions[:num_rows], buffers.slots[:num_rows], plan, self._kv_cache.layers, None)
         if size.work is None or self._pool is None:
             return [base]
-        lora = Lora(self._pool.chunks, size.work)
+        # As an eager step of as many rows has it: with one adapter more it may have to be one, and says the same then.
+        lora = Lora(self._pool.chunks, size.work, self._side if num_rows <= MAX_ROWS else None)
         return [base, Step(base.positions, base.slot_mapping, plan, base.kv_layers, lora)]
 
     @torch.inference_mode()
