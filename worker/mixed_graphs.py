@@ -82,9 +82,8 @@ class MixedGraphs:
         self._per_tile = tokens_per_tile(config, kv_cache.data.element_size())
         device, most = kv_cache.data.device, self.sizes[-1]
         max_sequences = min(most, max_sequences)
-        max_tiles = -(-most // self._per_tile) + _MAX_SHORT_PROMPTS
         width = table_width(max_model_len, kv_cache.block_size)
-        self._buffers = PromptBuffers(most, max_sequences, max_tiles, width, device)
+        self._buffers = PromptBuffers(most, max_sequences, self._max_tiles(most), width, device)
         self._semaphores = torch.zeros(max_sequences * self._num_kv_heads, dtype=torch.int32, device=device)
         self._of = {size: _Size(size, pool, max_chunks) for size in self.sizes}
         self._side = SideStream(device)
@@ -92,8 +91,10 @@ class MixedGraphs:
 
     def fits(self, rows: StepRows) -> bool:
         """Whether there is a graph for these rows, none of which may have magnitudes or change the embeddings."""
+        if not rows.prefills or rows.num_rows not in self._of or not self._buffers.fits(rows):
+            return False
         num_tiles = sum(-(-scheduled.num_tokens // self._per_tile) for scheduled in rows.prefills)
-        return bool(rows.prefills) and rows.num_rows in self._of and self._buffers.fits(rows, num_tiles)
+        return num_tiles <= self._max_tiles(rows.num_rows)
 
     def replay(self, rows: StepRows, adapted: list[Adapted]) -> Hidden:
         """Enqueues a step that fits, up to the hidden states."""
@@ -108,6 +109,10 @@ class MixedGraphs:
         graph.replay()
         return Hidden(states, arrays.sampled, self._buffers.sample_rows[:num_sampled])
 
+    def _max_tiles(self, num_rows: int) -> int:
+        """Of PagedPlan.tiles, in the graphs of so many rows."""
+        return -(-num_rows // self._per_tile) + _MAX_SHORT_PROMPTS
+
     def _steps(self, num_rows: int) -> list[Step]:
         """Without adapters, and with."""
         buffers, size = self._buffers, self._of[num_rows]
@@ -116,7 +121,7 @@ class MixedGraphs:
             context_lens=buffers.context_lens,
             num_decodes=min(num_rows, len(buffers.context_lens)),
             num_live=buffers.num_live,
-            tiles=buffers.tiles[: -(-num_rows // self._per_tile) + _MAX_SHORT_PROMPTS],
+            tiles=buffers.tiles[: self._max_tiles(num_rows)],
             window=self._window,
             semaphores=self._semaphores,
         )

@@ -88,10 +88,10 @@ class PromptBuffers:
         self._tables = BlockTables(max_sequences, max_blocks, device)
         self.block_tables = self._tables.on_device
 
-    def fits(self, rows: StepRows, num_tiles: int) -> bool:
-        """Whether there is room for a step."""
+    def fits(self, rows: StepRows) -> bool:
+        """Whether there is room for a step's rows and sequences."""
         max_rows, _, _, max_sequences, *_ = self._sizes
-        return rows.num_rows <= max_rows and len(rows.shares) <= max_sequences and num_tiles <= len(self.tiles)
+        return rows.num_rows <= max_rows and len(rows.shares) <= max_sequences
 
     def fill(self, rows: StepRows, arrays: RowArrays) -> None:
         """Takes a step that fits. Behind its own numbers stand zeros: tiles of no rows, for one."""

@@ -44,6 +44,14 @@ def test_kernels_in_the_interpreter() -> None:
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
+def test_steps_with_prompts_in_graphs() -> None:
+    result = run(
+        "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/worker/test_mixed_graphs.py", interpret="1"
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout and " skipped" not in result.stdout
+
+
 def test_kernels_compile_for_sm_90_without_spills() -> None:
     result = run("tests.kernels.offline", interpret="0")
     assert result.returncode == 0, result.stderr[-8000:]
