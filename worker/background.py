@@ -28,20 +28,23 @@ class Background:
 
     def submit(self, job: Callable[[], T], done: Callable[[T | Exception], None]) -> None:
         """Has `job` run here and `done` called with what it returned or raised on the engine thread."""
-
-        def run() -> None:
-            result: T | Exception
-            try:
-                result = job()
-            except Exception as error:
-                result = error
-            self._inbox.put(JobDone(done, result))
-
-        self._jobs.put(run)
+        self._jobs.put(lambda: self._inbox.put(JobDone(done, _outcome(job))))
 
     def _work(self) -> None:
         while True:
             self._jobs.get()()
+
+
+def _outcome(job: Callable[[], T]) -> T | Exception:
+    """What a job returns or raises.
+
+    An exception has its frames, and what their variables hold, adapters in host memory for one. None of those frames
+    may hold the exception: nothing would be free before the next garbage collection, which an idle worker never has.
+    """
+    try:
+        return job()
+    except Exception as error:
+        return error
 
 
 def log_failure(result: object) -> None:
