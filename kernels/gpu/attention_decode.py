@@ -1,8 +1,4 @@
-"""Paged attention for sequences of one row each: grouped query heads together, the context split between programs.
-
-On request with RoPE and the KV write folded in, where no adapter changes queries, keys and values: every program
-rotates its queries itself, and the one that reads the newest token writes that token's key and value first.
-"""
+"""Paged attention for sequences of one row each: grouped query heads together, the context split between programs."""
 
 import functools
 

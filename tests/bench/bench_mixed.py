@@ -15,7 +15,7 @@ import time
 import torch
 
 from tests.bench.gpu_model import BLOCK_SIZE, GpuModel, run_one_ahead, sequence
-from tests.bench.results import add_csv_arguments, append_csv
+from tests.bench.results import add_csv_arguments, report
 from worker.launched_step import LaunchedStep
 from worker.mixed_graphs import SIZES
 from worker.sequence import ScheduledSequence, Sequence
@@ -87,10 +87,7 @@ def main() -> None:
             if adapters:
                 metrics["lora_overhead_percent"] = 100 * (step_ms / base_ms - 1)
             name = f"gpu_mixed answers={answers} prompts={prompts}x{tokens} adapters={adapters}"
-            sys.stdout.write(f"{name}  {'  '.join(f'{metric} {value:.4g}' for metric, value in metrics.items())}\n")
-            sys.stdout.flush()
-            if options.csv:
-                append_csv(options.csv, options.machine, name, metrics, options.commit)
+            report(options, name, metrics)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 
 from tests.bench.breakdown import breakdown, profile, table
 from tests.bench.gpu_model import BLOCK_SIZE, GpuModel, prompt_flops, run_steps, sequence
-from tests.bench.results import add_csv_arguments, append_csv
+from tests.bench.results import add_csv_arguments, report
 from worker.mixed_graphs import SIZES
 
 WARM_UP, ROUNDS, STEPS, MAX_PROMPTS = 3, 5, 4, 64
@@ -75,10 +75,7 @@ def main() -> None:
                 state = "lora" if has_adapters else "base"
                 metrics |= {f"{state}_{metric}": value for metric, value in parts.items()}
                 sys.stdout.write(f"{state}\n{table(kernels, STEPS)}\n")
-            sys.stdout.write(f"{name}  {'  '.join(f'{metric} {value:.4g}' for metric, value in metrics.items())}\n")
-            sys.stdout.flush()
-            if options.csv:
-                append_csv(options.csv, options.machine, name, metrics, options.commit)
+            report(options, name, metrics)
 
 
 if __name__ == "__main__":

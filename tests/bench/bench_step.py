@@ -19,7 +19,7 @@ import torch
 
 from tests.bench.breakdown import breakdown, profile, table
 from tests.bench.gpu_model import BLOCK_SIZE, NUM_ADAPTERS, Captured, GpuModel, run_steps, sequence
-from tests.bench.results import add_csv_arguments, append_csv
+from tests.bench.results import add_csv_arguments, report
 from worker.sequence import Sequence
 
 STEPS, WARM_UP, PROFILED, ROUNDS = 24, 4, 8, 5
@@ -103,14 +103,6 @@ def cases_of(rows: list[int] | None, adapters: list[int] | None) -> list[tuple[i
     return [(m, k) for m, k in wanted if k <= m]
 
 
-def report(options: argparse.Namespace, name: str, metrics: dict[str, float]) -> None:
-    sys.stdout.write(f"{name}  {'  '.join(f'{metric} {value:.4g}' for metric, value in metrics.items())}\n")
-    sys.stdout.flush()
-    if options.csv:
-        name = f"gpu_step context={options.context} rank={options.rank} {name}"
-        append_csv(options.csv, options.machine, name, metrics, options.commit)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=512, help="tokens of context before the decode (default 512)")
@@ -131,20 +123,21 @@ def main() -> None:
     cases = cases_of(options.rows, options.adapters)
     bench = Bench(options.context, options.rank, max(rows for rows, _ in cases))
     sys.stdout.write(f"graphs captured in {bench.captured.seconds:.1f} s\n")
+    prefix = f"gpu_step context={options.context} rank={options.rank} "
     base_ms: dict[int, float] = {}
     for num_rows, num_adapters in cases:
         name = f"rows={num_rows} adapters={num_adapters}"
         metrics = bench.measure(num_rows, num_adapters, base_ms.get(num_rows))
         if num_adapters == 0:
             base_ms[num_rows] = metrics["graph_ms"]
-        report(options, name, metrics)
+        report(options, name, metrics, prefix)
         if options.breakdown:
             parts, largest = bench.profiled(num_rows, num_adapters)
-            report(options, name, parts)
+            report(options, name, parts, prefix)
             sys.stdout.write(f"{largest}\n")
     if options.lora_off:
         for num_rows, metrics in bench.lora_off(sorted(base_ms)).items():
-            report(options, f"rows={num_rows} base, LoRA on and off", metrics)
+            report(options, f"rows={num_rows} base, LoRA on and off", metrics, prefix)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import csv
 import datetime
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 
@@ -14,6 +15,14 @@ def add_csv_arguments(parser: argparse.ArgumentParser, machine_name: str = "") -
     default = machine_name or "what it runs on"
     parser.add_argument("--machine", default=machine_name, help=f"name written into the CSV; default: {default}")
     parser.add_argument("--commit", default="", help="commit written into the CSV; default: git's HEAD")
+
+
+def report(options: argparse.Namespace, name: str, metrics: dict[str, float], prefix: str = "") -> None:
+    """Prints a case's figures, and appends them where --csv says: there with a prefix to the name."""
+    sys.stdout.write(f"{name}  {'  '.join(f'{metric} {value:.4g}' for metric, value in metrics.items())}\n")
+    sys.stdout.flush()
+    if options.csv:
+        append_csv(options.csv, options.machine, prefix + name, metrics, options.commit)
 
 
 def append_csv(path: Path, machine_name: str, benchmark: str, metrics: dict[str, float], commit: str = "") -> None:
