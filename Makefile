@@ -72,6 +72,7 @@ bench-gpu: $(VENV)/.dev ## Measure this machine's GPU: steps, prompts, kernels, 
 	$(BIN)/python -m tests.bench.bench_prefill_layer
 	$(BIN)/python -m tests.bench.serve_8b --csv tests/bench/results.csv $(ARGS)
 	$(BIN)/python -m tests.bench.bench_beside_loads --csv tests/bench/results.csv
+	$(BIN)/python -m tests.bench.bench_first_use --csv tests/bench/results.csv
 
 bench-plots: $(VENV)/.dev ## Draw tests/bench/plots from the CSV files
 	$(BIN)/python -m tests.bench.plots

@@ -149,9 +149,10 @@ def _silu_and_mul_lora(
     chunk_stride, b_offset, scales_stride, scale_index, N: tl.constexpr, MAX_CHUNKS: tl.constexpr, RANK: tl.constexpr,
     RECORD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, LONG_RECORD: tl.constexpr,
     LONG_ROWS: tl.constexpr, LONG_BLOCK: tl.constexpr, LONG_TILES: tl.constexpr, LONG_STAGES: tl.constexpr,
-    IS_EARLY: tl.constexpr,
+    HOLDS_NEXT: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(IS_EARLY)
+    if not HOLDS_NEXT:
+        let_next_start(IS_EARLY)
     num_long = 0
     if LONG_ROWS > 0:
         PIECES: tl.constexpr = (N + LONG_BLOCK * LONG_TILES - 1) // (LONG_BLOCK * LONG_TILES)
@@ -186,7 +187,7 @@ def silu_and_mul(gate_up: Tensor, delta: LoraDelta | None = None) -> Tensor:
         return y
     work, site = delta.segments, delta.site
     assert isinstance(work, WorkList) and site.out_features == (size, size)
-    plan = work.once(_plan, size, site.chunk_rank, y.element_size())
+    plan = work.once(_plan, size, site.chunk_rank, y.element_size(), launch.silu_holds_next(num_rows))
     launch.run(
         plan.variant, plan.grid, gate_up, y, delta.s, delta.chunks, *plan.tables, gate_up.stride(0),
         delta.chunks.stride(0), site.b_offset, plan.scales_stride, plan.scale_index(site),
@@ -202,7 +203,7 @@ def _without_adapters(size: int) -> tuple[Variant, int]:
     return variant, -(-size // shape.block)
 
 
-def _plan(work: WorkList, size: int, chunk_rank: int, element_size: int) -> launch.OverSegments:
+def _plan(work: WorkList, size: int, chunk_rank: int, element_size: int, holds_next: bool) -> launch.OverSegments:
     short, long = work.tables
     shape = launch.silu_lora_shape(size, short.block_rows)
     long_shape = launch.long_silu_shape(size, element_size)
@@ -211,7 +212,7 @@ def _plan(work: WorkList, size: int, chunk_rank: int, element_size: int) -> laun
         max_registers=long_shape.max_registers if work.long else None, early=True, N=size,
         MAX_CHUNKS=work.max_chunks, RANK=chunk_rank, RECORD=short.record_size, BLOCK_ROWS=short.block_rows,
         BLOCK=shape.block, LONG_RECORD=long.record_size, LONG_ROWS=work.long_rows, LONG_BLOCK=long_shape.block,
-        LONG_TILES=long_shape.tiles, LONG_STAGES=long_shape.num_stages,
+        LONG_TILES=long_shape.tiles, LONG_STAGES=long_shape.num_stages, HOLDS_NEXT=holds_next,
     )  # fmt: skip
     num_items = launch.num_items(work, size, shape.block, long_shape.block * long_shape.tiles)
     return launch.over_segments(work, variant, num_items, 8)

@@ -89,9 +89,9 @@ class Bench:
             model_seed=SEED,
             stand_ins=stand_ins or {},
         )
-        uploads = self._uploads()
+        uploads = num_uploads(self._server.url)
         metrics = measure(traffic, options.clients, options.processes)
-        metrics["uploads"] = self._uploads() - uploads
+        metrics["uploads"] = num_uploads(self._server.url) - uploads
         self._report(title, metrics)
         return metrics["output_tokens_per_s"]
 
@@ -116,21 +116,22 @@ class Bench:
     def _post(self, route: str, body: dict[str, Any]) -> tuple[float, bytes]:
         return post(self._load, f"/v1/{route}", body)
 
-    def _uploads(self) -> float:
-        """Copies to the device so far. The worker tells now and then: wait until it has told of all tokens."""
-        for _ in range(MAX_POLLS):
-            with urllib.request.urlopen(f"{self._server.url}/metrics") as reply:
-                found = dict(re.findall(r"^(\w[\w:]*)(?:\{.*\})? (\S+)$", reply.read().decode(), re.MULTILINE))
-            told, given, uploads = (float(found.get(name, 0)) for name in (TOLD, GIVEN, UPLOADS))
-            if told == given:
-                break
-            time.sleep(0.05)
-        return uploads
-
     def _listing(self) -> dict[str, Any]:
         with urllib.request.urlopen(f"{self._server.url}/v1/adapters") as reply:
             listing: dict[str, Any] = json.load(reply)
         return listing
+
+
+def num_uploads(url: str) -> float:
+    """Copies to the device so far. The worker tells now and then: waits until it has told of all tokens."""
+    for _ in range(MAX_POLLS):
+        with urllib.request.urlopen(f"{url}/metrics") as reply:
+            found = dict(re.findall(r"^(\w[\w:]*)(?:\{.*\})? (\S+)$", reply.read().decode(), re.MULTILINE))
+        told, given, uploads = (float(found.get(name, 0)) for name in (TOLD, GIVEN, UPLOADS))
+        if told == given:
+            break
+        time.sleep(0.05)
+    return uploads
 
 
 def num_chunks(num_adapters: int) -> int:
