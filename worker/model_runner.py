@@ -56,5 +56,8 @@ class ModelRunner:
         logits = self._logits(hidden, [s.sequence.generation for s in sampled]) if sampled else hidden
         return LaunchedStep(self._sampler, self._last_tokens, sampled, list(range(len(sampled))), logits, scores=scores)
 
+    def drain(self) -> None:
+        """Launching is computing here."""
+
     def _logits(self, hidden: Tensor, generations: list[int]) -> Tensor:
         return self.model.logits(hidden, edges_of_each(generations, self.pool))

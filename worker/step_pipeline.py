@@ -34,6 +34,9 @@ class Runner(Protocol):
         Tokens that the host does not know yet are those that the last launched step chooses.
         """
 
+    def drain(self) -> None:
+        """Waits until nothing runs of what launch has enqueued, of one that failed halfway too."""
+
 
 class Flight(NamedTuple):
     """A launched step whose samples have not been collected."""
@@ -149,12 +152,20 @@ class StepPipeline:
 
     def _run_one_by_one(self, batch: list[ScheduledSequence]) -> None:
         """Whoever fails fails alone. Nothing is pending here; who was preempted meanwhile is computed again later."""
+        self._drain()
         for scheduled in batch:
             if scheduled.sequence.status is SequenceStatus.RUNNING:
                 outcome = self._run_alone(scheduled)
                 scheduled.book()
                 self._settle(scheduled, outcome)
         self._started_s = None
+
+    def _drain(self) -> None:
+        """No step is collected here, so that nothing else tells when the memory that a broken launch uses is free."""
+        try:
+            self._runner.drain()
+        except Exception:
+            log.exception("the device failed")
 
     def _run_alone(self, scheduled: ScheduledSequence) -> Outcome:
         try:
@@ -163,6 +174,7 @@ class StepPipeline:
             samples = _complete(step.collect(), [scheduled])
         except Exception:
             log.exception("sequence %d failed alone", scheduled.sequence.sequence_id)
+            self._drain()
             return Error(ErrorCode.INTERNAL, "the model failed on this sequence")
         return _checked(samples[0]) if samples else None
 

@@ -85,6 +85,11 @@ class TritonRunner:
         of_sampled = [place[scheduled.sequence.sequence_id] for scheduled in sampled]
         return LaunchedStep(self._sampler, self._last_tokens, sampled, of_sampled, logits, tokens, scores)
 
+    def drain(self) -> None:
+        """Waits until nothing runs of what launch has enqueued, of one that failed halfway too."""
+        if self.kv_cache.data.device.type == "cuda":
+            torch.cuda.synchronize(self.kv_cache.data.device)
+
     @torch.inference_mode()
     def warm_up(self, max_tokens: int) -> None:
         """Compiles what prompts of up to max_tokens tokens a step need. For boot: writes over the first KV blocks."""

@@ -54,6 +54,9 @@ class NoModel:
         of_sampled = [row for row, scheduled in enumerate(batch) if scheduled.samples]
         return LaunchedStep(self._sampler, self._last_tokens, sampled, of_sampled, self._logits, self._tokens)
 
+    def drain(self) -> None:
+        pass
+
 
 def step_us(num_rows: int, context: int) -> float:
     """Of an engine with so many sequences."""

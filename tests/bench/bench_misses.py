@@ -147,6 +147,9 @@ class Device:
         self._steps_end = max(self._steps_end, self._clock.ms) + ms
         return Step(self._clock, self._steps_end, sum(share.samples for share in batch))
 
+    def drain(self) -> None:
+        pass
+
 
 @dataclass
 class Step:

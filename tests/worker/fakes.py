@@ -267,6 +267,9 @@ class FakeRunner:
             self.run_all()
         return step
 
+    def drain(self) -> None:
+        self.run_all()
+
     def run_all(self) -> None:
         while self.launched:
             self.run_oldest()

@@ -12,6 +12,7 @@ from tests.worker.fakes import EOS, MODEL, OWNER, FakeStep, Harness, answer, gen
 from worker.background import Background
 from worker.mailbox import Admin, Cancel, CancelAll, Start, Stop
 from worker.sequence import Sample, ScheduledSequence
+from worker.step_pipeline import Outcome
 
 
 class Script:
@@ -25,6 +26,9 @@ class Script:
         step = Script(self.tokens, **self.sample)
         step.batch = batch
         return step
+
+    def drain(self) -> None:
+        pass
 
     def sample_late(self) -> None:
         pass
@@ -125,6 +129,27 @@ def test_a_culprit_fails_alone(where: str, runs_ahead: bool) -> None:
     assert harness.tokens(1) == answer([666, 1], 2)
     last = harness.outputs(1)[-1]
     assert last.error is not None and last.error.code is ErrorCode.INTERNAL and last.offset == 2
+
+
+def test_what_a_launch_that_breaks_halfway_has_enqueued_is_over_before_its_memory_is_given_back() -> None:
+    harness = Harness(may_fail=True)
+    launch, take = harness.runner.launch, harness.engine._steps._take
+    still_running = []
+
+    def break_halfway(batch: list[ScheduledSequence]) -> FakeStep:
+        launch(batch)
+        raise MemoryError("no")
+
+    def note(scheduled: ScheduledSequence, outcome: Outcome) -> None:
+        still_running.append(len(harness.runner.launched))
+        take(scheduled, outcome)
+
+    harness.runner.launch = break_halfway  # type: ignore[method-assign]
+    harness.engine._steps._take = note
+    harness.put(*(Start(OWNER, generate(request_id, [request_id, 1], 6)) for request_id in range(2)))
+    harness.drain()
+    assert [harness.outputs(i)[-1].error.code for i in range(2)] == [ErrorCode.INTERNAL] * 2  # type: ignore[union-attr]
+    assert still_running == [0, 0]
 
 
 @pytest.mark.parametrize("num_blocks", [64, 6])

@@ -171,6 +171,9 @@ class GpuSteps:
         torch.cuda._sleep(self._rng.choice([0, 0, GPU_CYCLES]))
         return self._runner.launch(batch)
 
+    def drain(self) -> None:
+        self._runner.drain()
+
 
 def late_pool(memory: DeviceMemory, layout: ChunkLayout, device: torch.device, rng: random.Random) -> AdapterPool:
     flat = memory.kv_cache.data.view(-1)
