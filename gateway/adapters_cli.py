@@ -22,6 +22,8 @@ class CommandError(Exception):
 
 
 def _client(options: argparse.Namespace) -> httpx.Client:
+    if options.admin_key and not options.admin_key.isascii():
+        raise CommandError("--admin-key has characters that a header cannot carry")
     headers = {"Authorization": f"Bearer {options.admin_key}"} if options.admin_key else {}
     url = options.url.rstrip("/").removesuffix("/v1")
     return httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(CONNECT_TIMEOUT_S, read=LONGEST_WAIT_S))

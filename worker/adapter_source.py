@@ -142,7 +142,9 @@ class AdapterSources:
         """The resolver's directory of this name. Raises AdapterError: ADAPTER_NOT_FOUND, whatever is the matter."""
         if self._resolver is not None and RESOLVED_NAME.fullmatch(name):
             real = Path(os.path.realpath(self._resolver / name))
-            if real != self._resolver and _lies_in(real, self._resolver) and _is_directory(real):
+            is_below = real != self._resolver and _lies_in(real, self._resolver)
+            # A directory that is no adapter, such as one of several of them, is nothing that a request may name.
+            if is_below and _is_directory(real) and os.path.lexists(real / CONFIG_FILE):
                 return SourceDirectory(real, self._resolver)
         raise AdapterError(Error(ErrorCode.ADAPTER_NOT_FOUND, f"there is no adapter {name[:200]!r}", "lora_name"))
 

@@ -74,6 +74,7 @@ def test_a_wrong_key_and_a_server_that_is_not_there(
 ) -> None:
     status, _, error = adapters(gateway, capsys, "list", key="wrong")
     assert status == 1 and "API key" in error
+    assert adapters(gateway, capsys, "list", key="ké")[2].endswith("characters that a header cannot carry\n")
     assert main(["adapters", "list", "--url", "http://127.0.0.1:9"]) == 1
     assert capsys.readouterr().err.startswith("polylora adapters list: ")
 
