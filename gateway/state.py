@@ -53,7 +53,8 @@ class Gateway:
         """
         card = self.fleet.require_model()
         adapter = resolve_with_lora_path(model, lora_path, card.names, self.fleet.adapters(), param)
-        return adapter if lora_scale is None else scaled(adapter, lora_scale)
+        is_empty = adapter is None and isinstance(lora_path, list)  # a mix of weights 0, however it is scaled
+        return adapter if lora_scale is None or is_empty else scaled(adapter, lora_scale)
 
     def admit(self, adapters: Collection[Adapter], num_sequences: int) -> Lease:
         """Reserves places for a request; count it before any expensive work is done for it."""
