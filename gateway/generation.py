@@ -208,7 +208,7 @@ class Generation:
         """
         self._num_restarts += 1
         self.abort()
-        self.lease = self._fleet.admit({job.adapter for job in self._plan.jobs}, len(self._plan.jobs))
+        self.lease = self._fleet.admit({job.adapter for job in self._plan.jobs}, len(self._plan.jobs), again=True)
         self._start([self._command(job) for job in self._plan.jobs])
 
     def _error(self, error: Error) -> ApiError:
