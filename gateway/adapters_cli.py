@@ -22,6 +22,8 @@ class CommandError(Exception):
 
 
 def _client(options: argparse.Namespace) -> httpx.Client:
+    if options.admin_key and not options.admin_key.isascii():
+        raise CommandError("--admin-key has characters that a header cannot carry")
     headers = {"Authorization": f"Bearer {options.admin_key}"} if options.admin_key else {}
     url = options.url.rstrip("/").removesuffix("/v1")
     return httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(CONNECT_TIMEOUT_S, read=LONGEST_WAIT_S))
@@ -176,9 +178,12 @@ def main(argv: list[str]) -> int:
     try:
         with _client(options) as http:
             reply = options.run(http, options)
+        if options.json:
+            _say(json.dumps(reply, indent=2))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
     except (CommandError, httpx.InvalidURL) as error:
         sys.stderr.write(f"polylora adapters {options.command}: {error}\n")
         return 1
-    if options.json:
-        _say(json.dumps(reply, indent=2))
     return 0

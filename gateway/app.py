@@ -39,7 +39,7 @@ def _resolving(endpoint: Endpoint) -> Endpoint:
                 if unknown.adapter in tried or len(tried) >= MAX_RESOLVED:
                     raise
                 tried.add(unknown.adapter)
-                if not await gateway_of(request).find_adapter(unknown.adapter):
+                if not await gateway_of(request).find_adapter(unknown.adapter, unknown.param):
                     raise
 
     return answer

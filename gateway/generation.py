@@ -208,14 +208,17 @@ class Generation:
         """
         self._num_restarts += 1
         self.abort()
-        self.lease = self._fleet.admit({job.adapter for job in self._plan.jobs}, len(self._plan.jobs))
+        self.lease = self._fleet.admit({job.adapter for job in self._plan.jobs}, len(self._plan.jobs), again=True)
         self._start([self._command(job) for job in self._plan.jobs])
 
     def _error(self, error: Error) -> ApiError:
         self._metrics.on_error(error.code)
         if error.code is ErrorCode.ADAPTER_GONE:
             names, loaded = names_of(job.adapter for job in self._plan.jobs), self._fleet.adapters()
-            return model_not_found(next((name for name in names if name not in loaded), "".join(names[:1])))
+            gone = model_not_found(next((name for name in names if name not in loaded), "".join(names[:1])))
+            if self._answered:
+                gone.message = "The adapter was unloaded before the answer was complete."
+            return gone
         failure = from_worker(error)
         if error.code is ErrorCode.CONTEXT_LENGTH_EXCEEDED or failure.param == "prompt":
             failure.param = self._plan.prompt_param

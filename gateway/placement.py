@@ -108,9 +108,10 @@ class Fleet:
                 found.setdefault(name, info)
         return found
 
-    def admit(self, adapters: Collection[Adapter], num_sequences: int) -> Lease:
+    def admit(self, adapters: Collection[Adapter], num_sequences: int, again: bool = False) -> Lease:
         """Reserves a place for the sequences on the least loaded worker that has all the adapters.
 
+        again: they had one, which was given back just now; their quotas have counted them.
         Raises a 503 without a worker, a 404 if an adapter is gone, a 429 if no worker has room.
         """
         ready = self.ready()
@@ -129,7 +130,7 @@ class Fleet:
             raise invalid("n", message)
         if _num_free(worker) < num_sequences:
             raise overloaded()
-        self._quotas.enter(names)
+        self._quotas.enter(names, again)
         session.num_reserved += num_sequences
         generations = {name: worker.adapters[name].generation for name in names}
         contents = [model.digest, *sorted(worker.adapters[name].digest for name in names)]

@@ -37,13 +37,16 @@ class Quotas:
         self._clock = clock
         self._counts: dict[str, _Count] = {}
 
-    def enter(self, names: Collection[str]) -> None:
-        """Counts one request under each name until `leave`. Raises a 429 that says when to come again."""
+    def enter(self, names: Collection[str], again: bool = False) -> None:
+        """Counts one request under each name until `leave`. Raises a 429 that says when to come again.
+
+        again: it was let in before, and has just left to begin once more.
+        """
         if not self._per_minute and not self._at_once and not self._tokens:
             return
         self._forget_idle()
         counts = [(name, self._count(name)) for name in names]
-        for name, count in counts:
+        for name, count in counts if not again else ():
             if self._at_once and count.running >= self._at_once:
                 raise overloaded(f"Adapter {name!r} has {self._at_once} requests running, as many as it may have.")
             if self._per_minute and count.requests < 1:
@@ -53,7 +56,7 @@ class Quotas:
                 seconds = math.floor(-count.tokens * 60 / self._tokens) + 1
                 raise _come_again(name, f"{self._tokens} tokens", seconds)
         for _, count in counts:
-            count.requests -= 1
+            count.requests -= not again
             count.running += 1
 
     def spend(self, names: Collection[str], num_tokens: int) -> None:

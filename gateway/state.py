@@ -53,7 +53,8 @@ class Gateway:
         """
         card = self.fleet.require_model()
         adapter = resolve_with_lora_path(model, lora_path, card.names, self.fleet.adapters(), param)
-        return adapter if lora_scale is None else scaled(adapter, lora_scale)
+        is_empty = adapter is None and isinstance(lora_path, list)  # a mix of weights 0, however it is scaled
+        return adapter if lora_scale is None or is_empty else scaled(adapter, lora_scale)
 
     def admit(self, adapters: Collection[Adapter], num_sequences: int) -> Lease:
         """Reserves places for a request; count it before any expensive work is done for it."""
@@ -63,10 +64,10 @@ class Gateway:
         """Starts a request's sequences."""
         return Generation(self.fleet, lease, plan, self.metrics)
 
-    async def find_adapter(self, name: str) -> bool:
+    async def find_adapter(self, name: str, param: str | None) -> bool:
         """Has the workers' resolver load an adapter that is not; False if there is no such adapter or no resolver.
 
-        Raises what is wrong with it, or a 503 if it takes long; the load goes on then.
+        Raises what is wrong with it, in terms of the request's param, or a 503 if it takes long; the load goes on then.
         """
         card = self.fleet.model
         if card is None or not card.adapter_resolver or name in card.names or not is_adapter_name(name):
@@ -78,7 +79,9 @@ class Gateway:
             raise unavailable(f"The adapter {name!r} is being loaded; try again shortly.")
         error = loading.result().error
         if error is not None and error.code is not ErrorCode.ADAPTER_NOT_FOUND:
-            raise from_worker(error)
+            failure = from_worker(error)
+            failure.param = param
+            raise failure
         return error is None
 
     def keep(self, work: "asyncio.Future[Any]") -> None:

@@ -23,7 +23,7 @@ class ErrorCode(StrEnum):
     ADAPTER_CONFLICT = "adapter_conflict"  # expected_generation does not match
     ADAPTER_INVALID = "adapter_invalid"  # the content was refused
     ADAPTER_LIMIT = "adapter_limit"  # pinned, rank or memory limit
-    LOAD_CANCELLED = "load_cancelled"  # the name was unloaded before it was loaded
+    LOAD_CANCELLED = "load_cancelled"  # the name was unloaded, or a later load of it was done, before this one was
     STORE_FULL = "store_full"  # the worker's disk, or its host memory
     SOURCE_FORBIDDEN = "source_forbidden"  # outside the adapter roots and the hub allow-list
     SOURCE_UNAVAILABLE = "source_unavailable"  # the hub or the object store does not deliver

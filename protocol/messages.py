@@ -181,7 +181,7 @@ class LoadAdapter(Command, frozen=True, kw_only=True, tag="load_adapter"):
     """Loads, or with `replace` reloads, an adapter under a name. Answered by one AdapterReply.
 
     Without a source the name must answer in the end: it does already, and only its pin may change, or the worker's
-    resolver finds it.
+    resolver finds it, with `replace` once more. A load never replaces what one that began after it has brought.
     """
 
     request_id: Unsigned
@@ -196,8 +196,8 @@ class LoadAdapter(Command, frozen=True, kw_only=True, tag="load_adapter"):
 class UnloadAdapter(Command, frozen=True, kw_only=True, tag="unload_adapter"):
     """Takes the name away at once, lets its streams finish, then frees. Answered by one AdapterReply.
 
-    A name that is only being loaded has its load cancelled; the reply then carries no adapter. A name that is gone but
-    still drains is waited for, or forced, once more.
+    Loads of the name that are at work are cancelled; if there was nothing else, the reply carries no adapter. A name
+    that is gone but still drains is waited for, or forced, once more.
     """
 
     request_id: Unsigned

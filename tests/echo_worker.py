@@ -326,8 +326,8 @@ class EchoWorker:
         old = next((a for a in self.adapters.values() if a.name == command.name and a.state == "ready"), None)
         error = self._refuse(command, old)
         if error is not None:
-            if error.code is ErrorCode.ADAPTER_INVALID:
-                self.failed[command.name] = AdapterEntry(name=command.name, source=command.source or "", error=error)
+            if error.code is ErrorCode.ADAPTER_INVALID and command.source is not None:
+                self.failed[command.name] = AdapterEntry(name=command.name, source=command.source, error=error)
             self._send(routing_id, AdapterReply(request_id=command.request_id, error=error))
             return
         self.failed.pop(command.name, None)
@@ -351,7 +351,7 @@ class EchoWorker:
         if command.source in ("full", "away"):
             code = ErrorCode.STORE_FULL if command.source == "full" else ErrorCode.SOURCE_UNAVAILABLE
             return Error(code, "The load failed.", "lora_path")
-        if (command.source or "").endswith("bad"):
+        if (command.source or command.name).endswith("bad"):
             return Error(ErrorCode.ADAPTER_INVALID, "The adapter's key 'bias' is not supported.", "lora_path")
         if old is not None and not command.replace and command.source is not None:
             return Error(ErrorCode.ADAPTER_EXISTS, f"The adapter {command.name!r} is loaded already.", "lora_name")

@@ -14,8 +14,9 @@ Rank = Annotated[int, Meta(ge=1, le=65536)]
 Alpha = Annotated[float, Meta(gt=0)]
 LayerIndex = Annotated[int, Meta(ge=0)]
 
-# Keys that change what an adapter computes. Each must be absent, null, false or empty. (fan_in_fan_out is not among
-# them: it is about bases that store their weights transposed, and PEFT itself ignores it on linear layers.)
+# Keys that change what an adapter computes. Each must be absent, null, false or an empty list; an empty object is to
+# PEFT a configuration with its defaults. (fan_in_fan_out is not among them: it is about bases that store their weights
+# transposed, and PEFT itself ignores it on linear layers.)
 MUST_BE_OFF = [
     "alora_invocation_tokens",
     "arrow_config",
@@ -38,8 +39,9 @@ REASONS = {
     "modules_to_save": " (whole modules are not replaced, only low-rank changes are applied)",
     "trainable_token_indices": " (the embeddings are the base model's)",
 }
-# These initialisations change the base's weights too, so that such an adapter is wrong on the plain base.
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Initialisations that leave the base's weights alone. All others change them too, so that such an adapter is wrong on
+# the plain base, or came after this was written.
+HARMLESS_INITS = {"gaussian", "eva", "orthogonal", "mica"}
 
 
 class AdapterError(Exception):
@@ -101,15 +103,16 @@ def _switched_on(keys: dict[str, Any]) -> list[str]:
     """The keys that are set and must not be: the known ones, and any unknown one that switches something on."""
     known = {field.encode_name for field in msgspec.structs.fields(AdapterConfig)}
     unknown_switches = [name for name in keys if name.startswith("use_") and name not in known]
-    return [name for name in sorted({*MUST_BE_OFF, *unknown_switches}) if keys.get(name)]
+    return [name for name in sorted({*MUST_BE_OFF, *unknown_switches}) if keys.get(name) not in (None, False, [])]
 
 
 def _check(config: AdapterConfig) -> None:
     if config.bias != "none":
         raise invalid(f"{CONFIG_FILE}: bias must be none, others are not supported")
-    if isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower().startswith(BASE_CHANGING_INITS):
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower() not in HARMLESS_INITS:
         raise invalid(
-            f"{CONFIG_FILE}: init_lora_weights {config.init_lora_weights[:20]!r} changes the base model;"
+            f"{CONFIG_FILE}: init_lora_weights {init[:20]!r} changes the base model, or is not known;"
             " convert the adapter to a plain LoRA when saving it"
         )
     if not math.isfinite(config.lora_alpha) or not all(map(math.isfinite, (config.alpha_pattern or {}).values())):

@@ -81,7 +81,7 @@ def fetch_url(url: str, target: Path, max_bytes: int) -> Path:
     except AdapterError:
         raise
     except (FileNotFoundError, NotADirectoryError):
-        raise _error(ErrorCode.ADAPTER_NOT_FOUND, "there is no adapter at this lora_path") from None
+        raise _error(ErrorCode.ADAPTER_NOT_FOUND, "there is no adapter at this source") from None
     except PermissionError:
         raise _error(ErrorCode.SOURCE_FORBIDDEN, "the store does not let this worker read the adapter") from None
     except Exception:

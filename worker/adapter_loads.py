@@ -46,39 +46,65 @@ class Load:
     last_generation: int  # when it began
     waiters: list[Waiter] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)  # the loader thread looks at it
+    key: object = None
+    overtaken: Error | None = None  # a load of the name that began later is done
+
+    def cancellation(self) -> Error:
+        """What whoever waits is told when the name is unloaded. A request finds nothing of that name."""
+        name = self.command.name
+        if self.command.on_demand:
+            return not_loaded(name)
+        return Error(ErrorCode.LOAD_CANCELLED, f"the load of '{name}' was cancelled by an unload", "lora_name")
 
 
 class Loads:
     """Everything here runs on the engine thread, but `entries`, which any thread may ask."""
 
     def __init__(self) -> None:
-        self._loads: dict[tuple[object, ...], Load] = {}
+        self._loads: dict[object, Load] = {}
         self._failures: dict[str, AdapterEntry] = {}  # by name, the oldest first
 
     def __len__(self) -> int:
         return len(self._loads)
 
     def join(self, command: LoadAdapter, waiter: Waiter) -> bool:
-        """Adds a waiter to a load of exactly this, if one is at work."""
-        load = self._loads.get(_key(command))
+        """Adds a waiter to a load of exactly this, if one is at work that reads for him too: what is to be replaced may
+        have been written since the load began.
+        """
+        load = None if command.replace else self._loads.get(_key(command))
         if load is not None:
             load.waiters.append(waiter)
         return load is not None
 
     def begin(self, command: LoadAdapter, last_generation: int, waiter: Waiter) -> Load:
         """A load is at work from now on."""
-        load = self._loads[_key(command)] = Load(command, last_generation, [waiter])
+        load = Load(command, last_generation, [waiter])
+        load.key = object() if command.replace else _key(command)
+        self._loads[load.key] = load
         return load
 
     def end(self, load: Load, error: Error | None = None) -> None:
         """A load is done. One that failed is remembered, for whoever did not wait for its reply."""
-        del self._loads[_key(load.command)]
         command = load.command
+        if error is None:
+            self._overtake(load)
+        del self._loads[load.key]
         self._failures.pop(command.name, None)
         if error is not None and command.source is not None:
             self._failures[command.name] = AdapterEntry(name=command.name, source=command.source, error=error)
             if len(self._failures) > MAX_FAILURES:
                 del self._failures[next(iter(self._failures))]
+
+    def _overtake(self, done: Load) -> None:
+        """Who began before a load that is done must not replace what it has brought."""
+        name = done.command.name
+        for load in self._loads.values():  # in the order in which they began
+            if load is done:
+                break
+            if load.command.name == name:
+                load.overtaken = Error(
+                    ErrorCode.LOAD_CANCELLED, f"a later load of '{name}' was done first", "lora_name"
+                )
 
     def forget(self, name: str) -> None:
         """A failed load of this name is of no interest any more."""
@@ -89,7 +115,7 @@ class Loads:
         loads = [load for load in self._loads.values() if load.command.name == name]
         for load in loads:
             load.cancelled.set()
-            del self._loads[_key(load.command)]
+            del self._loads[load.key]
         return loads
 
     def entries(self, name: str | None) -> list[AdapterEntry]:

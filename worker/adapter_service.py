@@ -171,7 +171,7 @@ class AdapterService:
         """Loads in the background; the reply follows."""
         waiter = Waiter(owner, command.request_id)
         holder = self.cache.named(command.name)
-        if command.source is None and holder is not None:
+        if command.source is None and holder is not None and not command.replace:
             self._reply([waiter], self._refuse(command) or self._repin(holder, command.pinned))
             return
         if self._loads.join(command, waiter):  # the same again, while the first is at work: one load, one outcome
@@ -225,10 +225,10 @@ class AdapterService:
         command, holder = load.command, self.cache.named(load.command.name)
         if holder is not None and holder.generation > load.last_generation:
             is_twin = holder.digest == packed.digest and holder.pinned == bool(command.pinned)
-            if command.source is None or (is_twin and not command.replace):
+            if not command.replace and (command.source is None or is_twin):
                 self._release(packed)
                 return holder
-        return self._refuse(command) or self._publish(command, packed)
+        return self._refuse(command) or load.overtaken or self._publish(command, packed)
 
     def _publish(self, command: LoadAdapter, packed: "PackedAdapter") -> Adapter | Error:
         num_chunks, holder = len(packed.chunks), self.cache.named(command.name)
@@ -271,6 +271,8 @@ class AdapterService:
         if (error := conflict(name, holder, command.expected_generation)) is not None:
             return error
         if command.source is None:
+            if command.replace and not self._resolves:
+                return Error(ErrorCode.INVALID_REQUEST, "to replace an adapter takes a source", "lora_path")
             if holder is None and (not self._resolves or (command.on_demand and name in self._revoked)):
                 return not_loaded(name)
         elif holder is not None and not command.replace:
@@ -336,19 +338,18 @@ class AdapterService:
         self._loads.forget(name)
         if self._resolves:
             self._revoked.add(name)
+        loads = self._loads.cancel(name)
+        for load in loads:
+            self._reply(load.waiters, load.cancellation())
         adapter = self.cache.withdraw(name)
         if adapter is not None:
             self._unloads[adapter.generation] = [waiter]
             self._changed(adapter)
-        else:
-            adapter = self.cache.draining(name)
-            loads = self._loads.cancel(name)
-            error = Error(ErrorCode.LOAD_CANCELLED, f"the load of '{name}' was cancelled by an unload", "lora_name")
-            self._reply([loading for load in loads for loading in load.waiters], error)
-            if adapter is None:
-                self._reply([waiter], None if loads else not_loaded(name))
-                return
+        elif (adapter := self.cache.draining(name)) is not None:
             self._unloads.setdefault(adapter.generation, []).append(waiter)
+        else:
+            self._reply([waiter], None if loads else not_loaded(name))
+            return
         if adapter.state is not AdapterState.REMOVED and command.force:
             self._failures.append(Failure(adapter.generation, GONE, waiting_only=False))
 

@@ -130,7 +130,7 @@ class AdapterSources:
         if hub is not None and (trusted or any(fnmatch.fnmatchcase(hub["repo"], p) for p in self._hub_allow)):
             return None
         if candidates and (trusted or hub is None):
-            raise AdapterError(Error(ErrorCode.ADAPTER_NOT_FOUND, "there is no adapter at this lora_path", "lora_path"))
+            raise AdapterError(Error(ErrorCode.ADAPTER_NOT_FOUND, "there is no adapter at this source", "lora_path"))
         raise self._forbidden()
 
     def _allows_url(self, url: str) -> bool:
@@ -142,7 +142,9 @@ class AdapterSources:
         """The resolver's directory of this name. Raises AdapterError: ADAPTER_NOT_FOUND, whatever is the matter."""
         if self._resolver is not None and RESOLVED_NAME.fullmatch(name):
             real = Path(os.path.realpath(self._resolver / name))
-            if real != self._resolver and _lies_in(real, self._resolver) and _is_directory(real):
+            is_below = real != self._resolver and _lies_in(real, self._resolver)
+            # A directory that is no adapter, such as one of several of them, is nothing that a request may name.
+            if is_below and _is_directory(real) and os.path.lexists(real / CONFIG_FILE):
                 return SourceDirectory(real, self._resolver)
         raise AdapterError(Error(ErrorCode.ADAPTER_NOT_FOUND, f"there is no adapter {name[:200]!r}", "lora_name"))
 
@@ -157,7 +159,7 @@ class AdapterSources:
     def _forbidden(self) -> AdapterError:
         """One answer for all that is outside, whether it exists or not."""
         message = (
-            "this lora_path may not be loaded: it must lie below a directory that the worker was started with"
+            "this source may not be loaded: it must lie below a directory that the worker was started with"
             " (--adapter-root DIR) or be a hub id or URL that it allows (--hub-allow PATTERN)"
         )
         return AdapterError(Error(ErrorCode.SOURCE_FORBIDDEN, message, "lora_path"))

@@ -81,7 +81,8 @@ def _chosen(paths: list[str], config: AdapterConfig) -> set[str]:
         chosen = set(match_all([Pattern("target_modules", targets, targets, "fullmatch")], paths)[0])
     else:
         chosen = _named("target_modules", targets, paths, must_exist=True)
-    chosen = chosen & _in_layers(paths, config)
+        # To PEFT, a path that is written out stands for itself, whatever the layers.
+        chosen = (chosen & _in_layers(paths, config)) | chosen.intersection(targets)
     excludes = config.exclude_modules or []
     if isinstance(excludes, str):
         return chosen - set(match_all([Pattern("exclude_modules", excludes, excludes, "fullmatch")], paths)[0])

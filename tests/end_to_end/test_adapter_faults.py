@@ -132,7 +132,7 @@ def nothing(path: Path) -> None:
 BIG = 1 << 40  # a sparse file
 # Row of the fault table: what lies at the source, the status, and a part of the answer.
 FAULTS: dict[str, tuple[Callable[[Path], object], int, str]] = {
-    "A1 missing": (nothing, 404, "no adapter at this"),
+    "A1 missing": (nothing, 404, "no adapter at this source"),
     "A1 empty": (lambda path: path.mkdir(), 400, f"no {CONFIG}"),
     "A1 no tensors": (spoilt(lambda path: (path / WEIGHTS).unlink()), 400, f"no {WEIGHTS}"),
     "A1 truncated": (spoilt(lambda path: truncate(path, WEIGHTS, 300)), 400, "cut short"),

@@ -78,7 +78,7 @@ def run_thread(client: httpx.Client, seed: int, whose: dict[tuple[int, ...], str
             response = put(client, name, content, replace=rng.random() < 0.7)
             assert response.status_code in (200, 409), response.text
             if response.status_code == 409 and response.json()["error"]["code"] == "load_cancelled":
-                continue  # by an unload that came before there was anything
+                continue  # by an unload, or because a later load was done first
             # A taken name says that something is there; what, is not told.
             call = ("load", content) if response.status_code == 200 else ("seen", "anything")
         elif kind < 0.32:

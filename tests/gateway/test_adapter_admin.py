@@ -1,6 +1,7 @@
 """/v1/adapters: what the listing tells, compare-and-swap, waiting or not, and what an unload says that it did."""
 
 import asyncio
+import re
 from typing import Any
 
 import httpx
@@ -90,9 +91,18 @@ async def test_a_load_that_nobody_waits_for_is_seen_until_it_is_over(client: htt
     await call(client, "DELETE", "n", 200)
 
 
+async def num_begun(client: httpx.AsyncClient) -> float:
+    """Answers under the adapter n whose first token has come."""
+    found = re.search(
+        r'^polylora_adapter_wait_seconds_count\{adapter="n"\} (\S+)$', (await client.get("/metrics")).text, re.M
+    )
+    return float(found[1]) if found else 0.0
+
+
 async def test_an_unload_says_what_still_runs_and_force_ends_it(client: httpx.AsyncClient, echo: EchoProcess) -> None:
     await call(client, "PUT", "n", 200, source="z")
     echo.do("delay", ms=20)
+    before = await num_begun(client)
     try:
         body = {"model": "n", "prompt": "hi", "max_tokens": 4000, "ignore_eos": True}
         streaming = asyncio.create_task(client.post("/v1/completions", json=body))
@@ -106,10 +116,14 @@ async def test_an_unload_says_what_still_runs_and_force_ends_it(client: httpx.As
         assert (found["generation"], [line["state"] for line in found["others"]]) == (fresh["generation"], ["draining"])
         second = asyncio.create_task(client.post("/v1/completions", json=body))
         await asyncio.to_thread(echo.until, running=2)
+        async with asyncio.timeout(10):
+            while await num_begun(client) < before + 2:
+                await asyncio.sleep(0.01)
         gone = await call(client, "DELETE", "n?force=true&timeout=10", 200)
         assert (gone["state"], gone["generation"]) == ("removed", fresh["generation"])
         failed = await second
         assert (failed.status_code, failed.json()["error"]["code"]) == (404, "model_not_found")
+        assert "unloaded before the answer was complete" in failed.text
         streaming.cancel()
     finally:
         echo.do("delay", ms=1)

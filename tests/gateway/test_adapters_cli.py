@@ -1,6 +1,9 @@
 """`polylora adapters` against a running gateway: what it prints, and how it fails."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,8 +77,21 @@ def test_a_wrong_key_and_a_server_that_is_not_there(
 ) -> None:
     status, _, error = adapters(gateway, capsys, "list", key="wrong")
     assert status == 1 and "API key" in error
+    assert adapters(gateway, capsys, "list", key="ké")[2].endswith("characters that a header cannot carry\n")
     assert main(["adapters", "list", "--url", "http://127.0.0.1:9"]) == 1
     assert capsys.readouterr().err.startswith("polylora adapters list: ")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_that_has_seen_enough_is_no_failure(gateway: GatewayProcess, options: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    url = f"http://127.0.0.1:{gateway.port}"
+    program = "import sys; from gateway.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "adapters", "list", "--url", url, "--admin-key", "admin", *options]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_unknown_commands_and_options_are_errors(capsys: pytest.CaptureFixture[str]) -> None:

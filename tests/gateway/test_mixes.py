@@ -60,6 +60,7 @@ async def test_a_mix_on_the_openai_routes(
         ({"model": "lora0", "lora_scale": 1}, "x"),
         ({"lora_path": [entry("lora0", 0)]}, None),
         ({"model": "lora0", "lora_scale": 0}, None),
+        ({"lora_path": [entry("lora0", 0)], "lora_scale": 3}, None),
         ({"model": "lora0", "lora_scale": None}, "x"),
     ],
 )

@@ -366,10 +366,10 @@ async def test_a_generation_that_was_replaced_on_the_way_is_resolved_again(
     stale = type(right)(**{**{name: getattr(right, name) for name in right.__struct_fields__}, "generation": 999})
     admit, calls = app.state.gateway.fleet.admit, []
 
-    def admit_stale_once(*arguments: Any) -> Any:
+    def admit_stale_once(*arguments: Any, **options: Any) -> Any:
         worker.adapters["lora0"] = right if calls else stale
         calls.append(arguments)
-        return admit(*arguments)
+        return admit(*arguments, **options)
 
     app.state.gateway.fleet.admit = admit_stale_once
     reply = await post(client, COMPLETIONS, model="lora0", prompt="hi", max_tokens=5)

@@ -133,6 +133,19 @@ async def test_over_http_only_the_adapter_in_question_is_refused(echo: EchoProce
         echo.do("delay", ms=1)
 
 
+async def test_over_http_a_request_counts_once_however_often_its_adapter_is_replaced(echo: EchoProcess) -> None:
+    app = create_app(GatewayConfig(worker_endpoint=(echo.endpoint,), adapter_rpm=1, adapter_concurrency=1))
+    async with app.router.lifespan_context(app), http_client(app) as client:
+        await until_ready(app)
+        echo.do("gone", times=3)
+        body = {"model": "lora0", "prompt": "hi", "max_tokens": 2}
+        try:
+            assert (await client.post("/v1/completions", json=body)).status_code == 200
+        finally:
+            echo.do("gone", times=0)
+        assert (await client.post("/v1/completions", json=body)).status_code == 429
+
+
 async def test_over_http_an_adapter_is_refused_when_its_tokens_are_used_up(echo: EchoProcess) -> None:
     config = GatewayConfig(worker_endpoint=(echo.endpoint,), adapter_tpm=60)
     app = create_app(config)

@@ -50,6 +50,16 @@ async def test_what_is_not_found_is_a_404_and_never_the_base(model: str, client:
     assert reply["error"]["param"] == "lora_path"
 
 
+async def test_what_is_wrong_with_it_is_said_of_the_field_that_names_it(client: httpx.AsyncClient) -> None:
+    for route, body, param in (
+        ("/v1/completions", {"model": "found-bad", "prompt": "hi"}, "model"),
+        ("/generate", {"text": "hi", "lora_path": "found-bad"}, "lora_path"),
+        ("/generate", {"text": "hi", "lora_path": [{"name": "found-bad"}]}, "lora_path[0].name"),
+    ):
+        error = (await post(client, route, 400, **body))["error"]
+        assert (error["code"], error["param"]) == ("adapter_invalid", param) and "'bias'" in error["message"]
+
+
 async def test_the_wait_is_bounded_and_the_load_goes_on(echo: EchoProcess) -> None:
     config = GatewayConfig(worker_endpoint=(echo.endpoint,), resolve_timeout_s=0.05)
     app: Starlette = create_app(config)

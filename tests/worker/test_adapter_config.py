@@ -46,8 +46,10 @@ from worker.adapter_config import MUST_BE_OFF, AdapterConfig, AdapterError, pars
         ({"target_parameters": ["x"]}, "target_parameters"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"kasa_config": {}}, "kasa_config"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ({"init_lora_weights": "not_made_yet"}, "init_lora_weights 'not_made_yet' .* is not known"),
     ],
 )
 def test_a_refusal_names_the_key(changes: dict[str, Any], key: str) -> None:

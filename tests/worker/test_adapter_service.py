@@ -235,7 +235,8 @@ def test_force_fails_the_streams_and_frees() -> None:
     assert harness.pool.contents == {} and harness.cache.adapters() == []
 
 
-def test_an_unload_during_a_load_and_the_load_after_it() -> None:
+def test_an_unload_cancels_the_replacement_that_is_on_its_way() -> None:
+    """What was unloaded does not come back by a command that came before."""
     harness = Harness()
     load(harness, 1, "a", "x")
     settle(harness)
@@ -244,10 +245,57 @@ def test_an_unload_during_a_load_and_the_load_after_it() -> None:
     settle(harness)
     unload(harness, 3, "a")
     settle(harness)
+    load(harness, 4, "a", "z")
+    settle(harness)
+    harness.jobs.hold = False
+    while harness.jobs.held:
+        harness.jobs.release()
+    settle(harness)
+    assert code(harness, 2) is ErrorCode.LOAD_CANCELLED and code(harness, 3) is None and code(harness, 4) is None
+    assert harness.cache.named("a").digest == "z"  # type: ignore[union-attr]
+    assert harness.loader.held == {"z": 1}
+
+
+def test_a_replacement_reads_what_was_written_before_it_came() -> None:
+    """One that is at work already may have read the source before that, so it does not stand for another."""
+    harness = Harness()
+    load(harness, 1, "a", "x")
+    settle(harness)
+    harness.jobs.hold = True
+    for request_id in (2, 3):
+        load(harness, request_id, "a", "x", replace=True)
+    settle(harness)
+    harness.jobs.release()
     harness.jobs.release()
     settle(harness)
-    assert code(harness, 3) is None and code(harness, 2) is None
-    assert harness.cache.named("a").digest == "y"  # type: ignore[union-attr]
+    assert harness.loader.num_loads == 3
+    assert code(harness, 2) is None and code(harness, 3) is None
+    assert harness.cache.named("a").generation == 3  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("later", ["z", "bad"])
+def test_a_replacement_does_not_undo_a_later_one(later: str) -> None:
+    harness = Harness()
+    load(harness, 1, "a", "x")
+    load(harness, 2, "b", "x")
+    settle(harness)
+    harness.jobs.hold = True
+    load(harness, 3, "a", "y", replace=True)
+    load(harness, 4, "b", "y", replace=True)
+    load(harness, 5, "a", later, replace=True)
+    settle(harness)
+    harness.jobs.hold = False
+    harness.jobs.release(2)
+    settle(harness)
+    harness.jobs.release()
+    harness.jobs.release()
+    settle(harness)
+    failed = later == "bad"
+    assert code(harness, 5) is (ErrorCode.ADAPTER_INVALID if failed else None)
+    assert code(harness, 3) is (None if failed else ErrorCode.LOAD_CANCELLED) and code(harness, 4) is None
+    assert harness.cache.named("a").digest == ("y" if failed else "z")  # type: ignore[union-attr]
+    assert harness.cache.named("b").digest == "y"  # type: ignore[union-attr]
+    assert harness.loader.held == ({"y": 2} if failed else {"y": 1, "z": 1})
 
 
 def test_an_adapter_pushed_out_of_host_memory_is_read_again_by_its_digest() -> None:
@@ -620,6 +668,22 @@ def test_the_resolver_loads_once_and_never_what_was_unloaded() -> None:
     load(harness, 12, "a", None, on_demand=True)
     settle(harness)
     assert code(harness, 12) is ErrorCode.ADAPTER_NOT_FOUND
+
+
+def test_to_replace_without_a_source_is_the_resolvers_or_refused() -> None:
+    harness = Harness()
+    load(harness, 1, "a", "x")
+    load(harness, 2, "a", None, replace=True)
+    settle(harness)
+    assert code(harness, 2) is ErrorCode.INVALID_REQUEST
+    resolving = Harness(resolves=True)
+    load(resolving, 1, "a", "x")
+    settle(resolving)
+    load(resolving, 2, "a", None, replace=True)
+    settle(resolving)
+    done = reply(resolving, 2)
+    assert done is not None and done.adapter is not None and (done.adapter.generation, done.adapter.digest) == (2, "a")
+    assert resolving.cache.named("a").generation == 2  # type: ignore[union-attr]
 
 
 def test_an_unload_beats_a_resolver_at_work_behind_an_administrator() -> None:

@@ -154,6 +154,7 @@ def test_the_resolver_finds_names_below_its_directory_and_nothing_else(root: Pat
     assert resolver.find_name("a").path == (root / "a").resolve()
     assert resolver.find_name("team/b").path == (root / "team" / "b").resolve()
     names = [
+        "team",
         "..",
         "../secrets/b",
         "a/../../secrets/b",

@@ -44,6 +44,10 @@ CASES: dict[str, dict[str, Any]] = {
     "exclude list": {"target_modules": "all-linear", "exclude_modules": ["layers.0.mlp.up_proj", "k_proj"]},
     "exclude regex": {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*0\.mlp.*"},
     "one layer": {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 1},
+    "a full name in another layer": {
+        "target_modules": ["q_proj", "model.layers.0.mlp.up_proj"],
+        "layers_to_transform": [1],
+    },
     "layers and pattern": {"target_modules": ["o_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
     "rank pattern": {"target_modules": list(MODULES), "rank_pattern": {"q_proj": 17, "layers.1.mlp.up_proj": 2}},
     "alpha pattern": {"target_modules": ["q_proj", "k_proj"], "alpha_pattern": {"k_proj": 32, "^model.layers.0.*": 5}},
