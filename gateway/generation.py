@@ -215,9 +215,10 @@ class Generation:
         self._metrics.on_error(error.code)
         if error.code is ErrorCode.ADAPTER_GONE:
             names, loaded = names_of(job.adapter for job in self._plan.jobs), self._fleet.adapters()
-            gone = model_not_found(next((name for name in names if name not in loaded), "".join(names[:1])))
+            name = next((name for name in names if name not in loaded), "".join(names[:1]))
+            gone = model_not_found(name)
             if self._answered:
-                gone.message = "The adapter was unloaded before the answer was complete."
+                gone.message = f"The adapter {name!r} was unloaded before the answer was complete."
             return gone
         failure = from_worker(error)
         if error.code is ErrorCode.CONTEXT_LENGTH_EXCEEDED or failure.param == "prompt":
