@@ -46,7 +46,6 @@ class Load:
     last_generation: int  # when it began
     waiters: list[Waiter] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)  # the loader thread looks at it
-    key: object = None
     overtaken: Error | None = None  # a load of the name that began later is done
 
     def cancellation(self) -> Error:
@@ -61,7 +60,7 @@ class Loads:
     """Everything here runs on the engine thread, but `entries`, which any thread may ask."""
 
     def __init__(self) -> None:
-        self._loads: dict[object, Load] = {}
+        self._loads: list[Load] = []  # in the order in which they began
         self._failures: dict[str, AdapterEntry] = {}  # by name, the oldest first
 
     def __len__(self) -> int:
@@ -71,16 +70,16 @@ class Loads:
         """Adds a waiter to a load of exactly this, if one is at work that reads for him too: what is to be replaced may
         have been written since the load began.
         """
-        load = None if command.replace else self._loads.get(_key(command))
-        if load is not None:
-            load.waiters.append(waiter)
-        return load is not None
+        same = next((load for load in self._loads if _key(load.command) == _key(command)), None)
+        if same is None or command.replace:
+            return False
+        same.waiters.append(waiter)
+        return True
 
     def begin(self, command: LoadAdapter, last_generation: int, waiter: Waiter) -> Load:
         """A load is at work from now on."""
         load = Load(command, last_generation, [waiter])
-        load.key = object() if command.replace else _key(command)
-        self._loads[load.key] = load
+        self._loads.append(load)
         return load
 
     def end(self, load: Load, error: Error | None = None) -> None:
@@ -88,7 +87,7 @@ class Loads:
         command = load.command
         if error is None:
             self._overtake(load)
-        del self._loads[load.key]
+        self._loads.remove(load)
         self._failures.pop(command.name, None)
         if error is not None and command.source is not None:
             self._failures[command.name] = AdapterEntry(name=command.name, source=command.source, error=error)
@@ -98,9 +97,7 @@ class Loads:
     def _overtake(self, done: Load) -> None:
         """Who began before a load that is done must not replace what it has brought."""
         name = done.command.name
-        for load in self._loads.values():  # in the order in which they began
-            if load is done:
-                break
+        for load in self._loads[: self._loads.index(done)]:
             if load.command.name == name:
                 load.overtaken = Error(
                     ErrorCode.LOAD_CANCELLED, f"a later load of '{name}' was done first", "lora_name"
@@ -112,15 +109,15 @@ class Loads:
 
     def cancel(self, name: str) -> list[Load]:
         """Takes the loads of a name from the table and tells their threads."""
-        loads = [load for load in self._loads.values() if load.command.name == name]
+        loads = [load for load in self._loads if load.command.name == name]
         for load in loads:
             load.cancelled.set()
-            del self._loads[load.key]
+            self._loads.remove(load)
         return loads
 
     def entries(self, name: str | None) -> list[AdapterEntry]:
         """The loads at work and those that failed last, of one name or of all. For any thread: it walks copies."""
-        commands = [load.command for load in list(self._loads.values())]
+        commands = [load.command for load in list(self._loads)]
         entries = [AdapterEntry(name=command.name, source=command.source or "") for command in commands]
         entries += list(self._failures.values())
         return [entry for entry in entries if name is None or entry.name == name]

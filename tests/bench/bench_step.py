@@ -47,8 +47,8 @@ class Bench:
         return statistics.median(times[WARM_UP:]), replay_ms(captured, num_rows, num_adapters > 0)
 
     def measure(self, num_rows: int, num_adapters: int) -> dict[str, float]:
-        """One case's metrics. What adapters add is told from replays of both graphs in turns: a card that gets warm
-        while it works is slower by several percent."""
+        """One case's metrics. What adapters add is told from replays of both graphs in turns: the same
+        graph may be some percent slower later in a run."""
         step_ms, graph_ms = self.times(self.captured, num_rows, num_adapters)
         metrics = {"step_ms": step_ms, "graph_ms": graph_ms, "busy_percent": 100 * graph_ms / step_ms}
         metrics["graph_over_floor"] = graph_ms / self.model.floor_ms(num_rows, self.context)
