@@ -130,13 +130,15 @@ def rotary_store_kv(
     head_norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
     delta: LoraDelta | None = None,
+    has_answers: bool = False,
 ) -> None:
     """Semantics: lora_expand(qkv, delta); rms_norm of each head of q and k; rotary of q and k; store_kv.
 
     qkv [num_tokens, (num_heads + 2 · num_kv_heads) · head_dim], whose queries are changed in place and whose keys and
     values may be; cache: one layer, [num_blocks, 2, num_kv_heads, block_size, head_dim]; head_norms: the weights
     [head_dim] of queries and keys. cos and signed_sin as in rotary; slot_mapping int64 [num_tokens]: block id times
-    block_size plus offset, no slot twice; or block ids and offsets, taken apart once for all layers.
+    block_size plus offset, no slot twice; or block ids and offsets, taken apart once for all layers. has_answers: of
+    kernels alone, for their tiles.
     """
     num_tokens, num_kv_heads, head_dim = qkv.shape[0], cache.shape[2], cache.shape[4]
     if delta is not None:

@@ -1,8 +1,36 @@
-"""Adapter: what is known of one generation, a name bound to exact content; its books are the adapter cache's."""
+"""Adapter: what is known of one generation, a name bound to exact content; and of the content, which names may share.
 
-from dataclasses import dataclass
+Their books are the adapter cache's.
+"""
+
+from dataclasses import dataclass, field
 
 from protocol.messages import AdapterInfo, AdapterState, AdapterUsage
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Content:
+    """What a digest stands for. It is on the device once at the most, whatever number of generations has it."""
+
+    number: int  # above 0, never given again: by it sequences, steps and the adapter pool know the content
+    digest: str
+    rank: int
+    modules: tuple[str, ...]
+    num_bytes: int
+    stored_bytes: int  # in the private store
+    num_chunks: int
+    is_sum: bool = True  # so that it may be weighted and added to others: see adapter_weights.Parts
+    generations: set[int] = field(default_factory=set)  # those that have it
+    needed_by: set[int] = field(default_factory=set)  # those of them for which it has to stay on the device
+    num_sequences: int = 0  # unfinished ones, of all of them
+    chunk_ids: tuple[int, ...] = ()  # its pages of the arena; empty: not on the device
+    arriving: bool = False  # its copy to chunk_ids is not done
+    used_at: int = 0  # the arena's tick at which it came to the device or a sequence last ran with it
+
+    @property
+    def idle(self) -> bool:
+        """Whether its chunks may go to another adapter, or to KV."""
+        return bool(self.chunk_ids) and not self.arriving and not self.needed_by
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -11,24 +39,15 @@ class Adapter:
 
     generation: int
     name: str
-    digest: str
+    content: Content
     source: str
-    rank: int
-    modules: tuple[str, ...]
-    num_bytes: int
-    stored_bytes: int  # in the private store
-    num_chunks: int
     pinned: bool
     created: int  # unix seconds
     state: AdapterState = AdapterState.READY
     unloaded: bool = False  # taken away on purpose: nothing new may start on it, unlike on a replaced one
     num_sequences: int = 0  # unfinished sequences bound to it
     num_running: int = 0  # those of them whose steps need it on the device
-    chunk_ids: tuple[int, ...] = ()  # its pages of the arena; empty: not on the device
-    arriving: bool = False  # its copy to chunk_ids is not done
-    is_sum: bool = True  # so that it may be weighted and added to others: see adapter_weights.Parts
     reserved: bool = False  # a waiting mix has it on the device already and waits for others
-    used_at: int = 0  # the arena's tick at which it came to the device or a sequence last ran with it
     in_host: bool = False
     num_requests: int = 0  # sequences ever bound to it
     num_hits: int = 0
@@ -37,10 +56,24 @@ class Adapter:
     last_used: int = 0  # unix seconds
 
     @property
-    def idle(self) -> bool:
-        """Whether its chunks may go to another adapter, or to KV."""
-        is_needed = self.num_running or self.pinned or self.arriving or self.reserved
-        return bool(self.chunk_ids) and not is_needed
+    def digest(self) -> str:
+        """Of its content."""
+        return self.content.digest
+
+    @property
+    def num_chunks(self) -> int:
+        """Of its content, on the device and in host memory."""
+        return self.content.num_chunks
+
+    @property
+    def on_device(self) -> bool:
+        """Whether its content is there, or on its way."""
+        return bool(self.content.chunk_ids)
+
+    @property
+    def needs_device(self) -> bool:
+        """Whether its content must not leave the device."""
+        return self.num_running > 0 or self.pinned or self.reserved
 
     def info(self) -> AdapterInfo:
         """As gateways see it."""
@@ -51,18 +84,19 @@ class Adapter:
             state=self.state,
             source=self.source,
             pinned=self.pinned,
-            rank=self.rank,
-            modules=list(self.modules),
-            num_bytes=self.num_bytes,
+            rank=self.content.rank,
+            modules=list(self.content.modules),
+            num_bytes=self.content.num_bytes,
             created=self.created,
         )
 
     def usage(self) -> AdapterUsage:
-        """Where its content is and how it was used."""
+        """Where its content is and how it was used. What generations share, each of them says."""
+        is_removed = self.state is AdapterState.REMOVED
         return AdapterUsage(
-            device_bytes=self.num_bytes if self.chunk_ids else 0,
-            host_bytes=self.num_bytes if self.in_host else 0,
-            disk_bytes=0 if self.state is AdapterState.REMOVED else self.stored_bytes,
+            device_bytes=self.content.num_bytes if self.on_device and not is_removed else 0,
+            host_bytes=self.content.num_bytes if self.in_host else 0,
+            disk_bytes=0 if is_removed else self.content.stored_bytes,
             num_unfinished=self.num_sequences,
             num_requests=self.num_requests,
             num_hits=self.num_hits,

@@ -1,7 +1,8 @@
 """AdapterCache: the books of all adapters. Names, generations, who uses what, and where the content is.
 
-A generation is a name bound to exact content. Its content can be on the device (in chunks of rank 16), in host memory,
-and always is in the private store, from which it comes back by digest. Nothing here touches a tensor or a file.
+A generation is a name bound to exact content. The content can be on the device (in chunks of rank 16), in host memory,
+and always is in the private store, from which it comes back by digest. Generations of the same content share its place
+on the device. Nothing here touches a tensor or a file.
 """
 
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable
 
 from protocol.errors import Error, ErrorCode
 from protocol.messages import AdapterMemory, AdapterState
-from worker.adapter import Adapter
+from worker.adapter import Adapter, Content
 from worker.arena import Arena
 from worker.host_tier import NO_LIMIT, HostTier
 
@@ -35,19 +36,21 @@ class AdapterCache:
         """
         self.max_chunks = num_chunks
         self.num_idle_chunks = 0
-        self.on_evict: Callable[[Adapter], None] = lambda adapter: None  # told of each that had to leave the device
+        self.on_leave: Callable[[Content], None] = lambda content: None  # told of all that is on the device no more
         self._arena = arena or Arena(num_chunks)
         self._arena.adapters = self
         self._max_per_batch = max_per_batch
         self._policy = policy
         self._names: dict[str, int] = {}
         self._adapters: dict[int, Adapter] = {}
+        self._contents: dict[str, Content] = {}  # by digest: of all generations
         self._num_chunks = 0  # on the device
-        self._idle: dict[int, int] = {}  # generations that are idle, and their chunks
-        self._first_idle: Adapter | None = None  # to go; None: there is none, or it is to be looked up
-        self._device: OrderedDict[int, None] = OrderedDict()  # generations on the device, the first to go first
+        self._idle: set[Content] = set()
+        self._first_idle: Content | None = None  # to go; None: there is none, or it is to be looked up
+        self._device: OrderedDict[Content, None] = OrderedDict()  # what is on the device, the first to go first
         self.host = HostTier(max_loaded, max_host_chunks)
         self._last_generation = 0
+        self._last_content = 0
 
     # ------------------------------------------------------------------------------------------ names, generations
 
@@ -87,18 +90,18 @@ class AdapterCache:
             host_adapters=sum(adapter.in_host for adapter in adapters),
             host_adapters_max=self.host.max_adapters,
             host_bytes=host_bytes,
-            disk_bytes=sum({adapter.digest: adapter.stored_bytes for adapter in adapters}.values()),
+            disk_bytes=sum(content.stored_bytes for content in {adapter.content for adapter in adapters}),
         )
 
     def check(
-        self, name: str, rank: int, num_chunks: int, pinned: bool, repinned: Adapter | None = None
+        self, name: str, digest: str, rank: int, num_chunks: int, pinned: bool, repins: bool = False
     ) -> Error | None:
-        """Why an adapter of this size cannot be published under a name, or None.
+        """Why content of this size cannot be published under a name, or None.
 
-        repinned: the generation itself, when only its pin is to change.
+        repins: it is what the name stands for, and only its pin is to change.
         """
         replaced = self._names.get(name)
-        others = {a for a in self._adapters.values() if a.pinned and a.generation != replaced}
+        others = [a for a in self._adapters.values() if a.pinned and a.generation != replaced]
         if pinned and len(others) >= self._max_per_batch - 1:
             return _limit(
                 f"adapter '{name}' cannot be pinned: {len(others)} are, and at most --max-loras-per-batch minus one"
@@ -106,15 +109,16 @@ class AdapterCache:
                 " a pinned adapter, or start with a larger --max-loras-per-batch",
                 "pinned",
             )
-        num_pinned = sum(a.num_chunks for a in others) + pinned * num_chunks
-        loose = [a.num_chunks for a in self._adapters.values() if a not in others and a is not repinned]
-        if num_pinned + max(loose if pinned else [*loose, num_chunks], default=0) > self.max_chunks:
+        sizes = {content.digest: content.num_chunks for content in self._contents.values()} | {digest: num_chunks}
+        staying = {adapter.digest for adapter in others} | ({digest} if pinned else set())
+        num_pinned = sum(sizes.pop(other) for other in staying)
+        if num_pinned + max(sizes.values(), default=0) > self.max_chunks:
             return _limit(
                 f"adapter '{name}' of rank {rank} does not fit: it takes {num_chunks} chunks, and the device pool of"
                 f" {self.max_chunks} must hold all pinned adapters and the largest other at once",
                 "lora_path",
             )
-        if repinned is None and len(self._adapters) >= MAX_ADAPTERS:
+        if not repins and len(self._adapters) >= MAX_ADAPTERS:
             return _limit(f"at most {MAX_ADAPTERS} adapters can be loaded", "lora_name")
         return None
 
@@ -124,7 +128,8 @@ class AdapterCache:
             most = f"--max-loras-per-batch, {self._max_per_batch}"
             return _limit(f"a mix of {len(adapters)} adapters is more than {most}", "lora_path")
         num_chunks = sum(adapter.num_chunks for adapter in adapters)
-        num_pinned = sum(a.num_chunks for a in self._adapters.values() if a.pinned and a not in adapters)
+        pinned = {adapter.content for adapter in self._adapters.values() if adapter.pinned}
+        num_pinned = sum(content.num_chunks for content in pinned.difference(adapter.content for adapter in adapters))
         if len(adapters) > 1 and num_chunks > min(max_chunks, self.max_chunks - num_pinned):
             return _limit(
                 f"the mix takes {num_chunks} chunks of rank 16; it may take {max_chunks}, as one adapter, and"
@@ -149,21 +154,30 @@ class AdapterCache:
         is_sum: bool = True,
     ) -> tuple[Adapter, Adapter | None]:
         """Binds a name to new content: the new generation, and the one that the name has left. `check` comes first."""
+        content = self._contents.get(digest)
+        if content is None:
+            self._last_content += 1
+            content = self._contents[digest] = Content(
+                number=self._last_content,
+                digest=digest,
+                rank=rank,
+                modules=modules,
+                num_bytes=num_bytes,
+                stored_bytes=stored_bytes,
+                num_chunks=num_chunks,
+                is_sum=is_sum,
+            )
         self._last_generation += 1
         adapter = Adapter(
             generation=self._last_generation,
             name=name,
-            digest=digest,
+            content=content,
             source=source,
-            rank=rank,
-            modules=modules,
-            num_bytes=num_bytes,
-            stored_bytes=stored_bytes,
-            num_chunks=num_chunks,
             pinned=pinned,
             created=created,
-            is_sum=is_sum,
         )
+        content.generations.add(adapter.generation)
+        self._note_needs(adapter)
         old = self.named(name)
         self._adapters[adapter.generation] = adapter
         self._names[name] = adapter.generation
@@ -183,15 +197,17 @@ class AdapterCache:
     def retain(self, adapter: Adapter) -> None:
         """One more unfinished sequence is bound to the generation."""
         adapter.num_sequences += 1
+        adapter.content.num_sequences += 1
         adapter.num_requests += 1
         adapter.last_used = int(time.time())
-        self._note_idle(adapter)
+        self._first_idle = None
 
     def let_go(self, adapter: Adapter) -> bool:
         """One less; true if that was the end of a draining generation."""
         adapter.num_sequences -= 1
+        adapter.content.num_sequences -= 1
         adapter.last_used = int(time.time())
-        self._note_idle(adapter)
+        self._first_idle = None
         if adapter.state is AdapterState.DRAINING and not adapter.num_sequences:
             self._remove(adapter)
             return True
@@ -205,30 +221,36 @@ class AdapterCache:
 
     def _remove(self, adapter: Adapter) -> None:
         adapter.state = AdapterState.REMOVED
-        self._leave_device(adapter)
+        self.set_reserved(adapter, False)
         self.host.drop(adapter)
         del self._adapters[adapter.generation]
+        content = adapter.content
+        content.generations.remove(adapter.generation)
+        if not content.generations:
+            self._leave_device(content)
+            del self._contents[content.digest]
 
     # -------------------------------------------------------------------------------------------------- device
 
-    def has_room(self, adapter: Adapter) -> bool:
+    def has_room(self, content: Content) -> bool:
         """Whether `place` would find room."""
         num_idle, arena = self.num_idle_chunks, self._arena
         in_arena = arena.num_free_pages + arena.num_unused_pages + num_idle
-        return adapter.num_chunks <= min(in_arena, self.max_chunks - self._num_chunks + num_idle)
+        return content.num_chunks <= min(in_arena, self.max_chunks - self._num_chunks + num_idle)
 
-    def has_free_places(self, adapter: Adapter) -> bool:
+    def has_free_places(self, content: Content) -> bool:
         """Whether `place` would push nothing out."""
-        return adapter.num_chunks <= min(self._arena.num_free_pages, self.max_chunks - self._num_chunks)
+        return content.num_chunks <= min(self._arena.num_free_pages, self.max_chunks - self._num_chunks)
 
-    def place(self, adapter: Adapter) -> bool:
-        """Gives an adapter its chunks, for which idle ones and cached KV may have to leave. False: there is no room."""
-        if not self.has_room(adapter):
+    def place(self, content: Content) -> bool:
+        """Gives content its chunks, for which idle ones and cached KV may have to leave. False: there is no room."""
+        assert not content.chunk_ids and content.generations
+        if not self.has_room(content):
             return False
-        adapter.chunk_ids = tuple(self._take_page() for _ in range(adapter.num_chunks))
-        adapter.used_at = self._arena.tick()
-        self._device[adapter.generation] = None
-        self._note_idle(adapter)
+        content.chunk_ids = tuple(self._take_page() for _ in range(content.num_chunks))
+        content.used_at = self._arena.tick()
+        self._device[content] = None
+        self._note_idle(content)
         return True
 
     def _take_page(self) -> int:
@@ -243,95 +265,114 @@ class AdapterCache:
             else:
                 self.give_up()
 
-    def is_quiet(self, adapter: Adapter) -> bool:
-        """Whether no step that is launched can touch the adapter's place, which it has just been given."""
-        return all(map(self._arena.is_quiet, adapter.chunk_ids))
+    def is_quiet(self, content: Content) -> bool:
+        """Whether no step that is launched can touch the content's place, which it has just been given."""
+        return all(map(self._arena.is_quiet, content.chunk_ids))
 
-    def unplace(self, adapter: Adapter) -> None:
-        """Takes the chunks back from an adapter that did not reach the device."""
-        self._leave_device(adapter)
+    def unplace(self, content: Content) -> None:
+        """Takes the chunks back of what did not reach the device."""
+        self._leave_device(content)
 
-    def set_arriving(self, adapter: Adapter, is_arriving: bool) -> None:
+    def set_arriving(self, content: Content, is_arriving: bool) -> None:
         """The copy to the device has begun, or is done."""
-        adapter.arriving = is_arriving
-        self._note_idle(adapter)
+        content.arriving = is_arriving
+        self._note_idle(content)
 
     def set_pinned(self, adapter: Adapter, is_pinned: bool) -> None:
         """A pinned adapter does not leave the device. `check` comes first."""
         adapter.pinned = is_pinned
-        self._note_idle(adapter)
+        self._note_needs(adapter)
 
     def set_reserved(self, adapter: Adapter, is_reserved: bool) -> None:
         """A reserved adapter does not leave the device."""
         adapter.reserved = is_reserved
-        self._note_idle(adapter)
+        self._note_needs(adapter)
 
     def hold(self, adapter: Adapter) -> None:
         """One more running sequence needs the adapter where it is."""
-        assert adapter.chunk_ids
+        assert adapter.on_device
         adapter.num_running += 1
         adapter.num_hits += not adapter.missed
         adapter.num_misses += adapter.missed
         adapter.missed = False
-        self._note_idle(adapter)
+        self._note_needs(adapter)
 
     def unhold(self, adapter: Adapter) -> None:
         """One less."""
         adapter.num_running -= 1
-        adapter.used_at = self._arena.tick()
+        adapter.content.used_at = self._arena.tick()
         if self._policy == "lru":
-            self._device.move_to_end(adapter.generation)
-        self._note_idle(adapter)
+            self._device.move_to_end(adapter.content)
+        self._note_needs(adapter)
 
-    def _leave_device(self, adapter: Adapter) -> None:
-        for page_id in adapter.chunk_ids:
-            self._arena.free_page(page_id, adapter.used_at)
-        self._num_chunks -= len(adapter.chunk_ids)
-        adapter.chunk_ids = ()
-        adapter.arriving = adapter.reserved = False
-        self._device.pop(adapter.generation, None)
-        self._note_idle(adapter)
+    def _leave_device(self, content: Content) -> None:
+        for page_id in content.chunk_ids:
+            self._arena.free_page(page_id, content.used_at)
+        self._num_chunks -= len(content.chunk_ids)
+        content.chunk_ids = ()
+        content.arriving = False
+        self._device.pop(content, None)
+        self._note_idle(content)
+        self.on_leave(content)
 
-    def _note_idle(self, adapter: Adapter) -> None:
+    def _note_needs(self, adapter: Adapter) -> None:
+        """To be called when anything has changed that `needs_device` depends on."""
+        if adapter.needs_device:
+            adapter.content.needed_by.add(adapter.generation)
+        else:
+            adapter.content.needed_by.discard(adapter.generation)
+        self._note_idle(adapter.content)
+
+    def _note_idle(self, content: Content) -> None:
         """Keeps count; to be called when anything has changed that `idle` and the order of going depend on."""
         self._first_idle = None
-        self.num_idle_chunks -= self._idle.pop(adapter.generation, 0)
-        if adapter.idle:
-            self._idle[adapter.generation] = adapter.num_chunks
-            self.num_idle_chunks += adapter.num_chunks
+        if content in self._idle:
+            self._idle.remove(content)
+            self.num_idle_chunks -= content.num_chunks
+        if content.idle:
+            self._idle.add(content)
+            self.num_idle_chunks += content.num_chunks
 
     # ------------------------------------------------------------------------------------------- for the arena
 
-    def _first_to_go(self) -> Adapter | None:
+    def _first_to_go(self) -> Content | None:
         """The first that no sequence waits for, or failing that the first."""
         if self._first_idle is None and self._idle:  # it is asked for with every block: looked up once
-            idle = (self._adapters[generation] for generation in self._device if generation in self._idle)
-            self._first_idle = min(idle, key=lambda adapter: adapter.num_sequences > 0)
+            idle = (content for content in self._device if content in self._idle)
+            self._first_idle = min(idle, key=lambda content: content.num_sequences > 0)
         return self._first_idle
 
     @property
     def idle_since(self) -> int | None:
         """See arena.Idle."""
-        adapter = self._first_to_go()
-        return None if adapter is None else adapter.used_at
+        content = self._first_to_go()
+        return None if content is None else content.used_at
 
     def give_up(self) -> None:
         """See arena.Idle."""
-        adapter = self._first_to_go()
-        assert adapter is not None
-        self._leave_device(adapter)
-        self.on_evict(adapter)
+        content = self._first_to_go()
+        assert content is not None
+        self._leave_device(content)
 
     # --------------------------------------------------------------------------------------------------- audit
 
     def check_integrity(self) -> None:
         """Asserts that the books agree with each other."""
-        used = [chunk_id for adapter in self._adapters.values() for chunk_id in adapter.chunk_ids]
+        contents = set(self._contents.values())
+        used = [chunk_id for content in contents for chunk_id in content.chunk_ids]
         self._arena.check_integrity(used)
         assert self._num_chunks == len(used) <= self.max_chunks
-        assert self._idle == {a.generation: a.num_chunks for a in self._adapters.values() if a.idle}
-        assert self.num_idle_chunks == sum(self._idle.values())
-        assert set(self._device) == {a.generation for a in self._adapters.values() if a.chunk_ids}
+        assert self._idle == {content for content in contents if content.idle}
+        assert self.num_idle_chunks == sum(content.num_chunks for content in self._idle)
+        assert set(self._device) == {content for content in contents if content.chunk_ids}
+        assert contents == {adapter.content for adapter in self._adapters.values()}
+        for content in contents:
+            having = [adapter for adapter in self._adapters.values() if adapter.content is content]
+            assert content is self._contents[content.digest]
+            assert content.generations == {adapter.generation for adapter in having}
+            assert content.needed_by == {adapter.generation for adapter in having if adapter.needs_device}
+            assert content.num_sequences == sum(adapter.num_sequences for adapter in having)
+            assert len(content.chunk_ids) in (0, content.num_chunks)
         self.host.check_integrity(self._adapters.values())
         assert sum(a.pinned for a in self._adapters.values()) <= self._max_per_batch - 1
         for name, generation in self._names.items():
@@ -341,8 +382,7 @@ class AdapterCache:
             assert adapter.state is (AdapterState.READY if named else AdapterState.DRAINING)
             assert named or adapter.num_sequences > 0
             assert 0 <= adapter.num_running <= adapter.num_sequences
-            assert len(adapter.chunk_ids) in (0, adapter.num_chunks)
-            assert adapter.chunk_ids or not adapter.num_running
+            assert adapter.on_device or not adapter.num_running
 
 
 def _limit(message: str, param: str) -> Error:

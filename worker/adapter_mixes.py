@@ -85,7 +85,7 @@ class AdapterMixes:
         mix = Mix(self._last_number, [adapter for adapter, _ in adapters], weighted, namespace, heaviest.name)
         self._mixes[mix.number] = mix
         self._numbers[weighted] = mix.number
-        self._pool.mixes[mix.number] = weighted
+        self._pool.mixes[mix.number] = tuple((adapter.content.number, weight) for adapter, weight in adapters)
         return mix
 
     def unbind(self, number: int) -> None:
@@ -105,12 +105,12 @@ class AdapterMixes:
         """
         mix = self._mixes[number]
         for adapter in mix.adapters:
-            if adapter.chunk_ids:
+            if adapter.on_device:
                 self._reserve(adapter)
         admissions = set()
         for adapter in mix.adapters:
             admissions.add(self._service.bring(adapter))
-            if adapter.chunk_ids:
+            if adapter.on_device:
                 self._reserve(adapter)
         if admissions == {Admission.GRANTED}:
             for adapter in mix.adapters:
@@ -145,7 +145,7 @@ class AdapterMixes:
 def _check_members(adapters: list[tuple[Adapter, float]]) -> Error | None:
     """Why these cannot be weighted and added."""
     for adapter, _ in adapters:
-        if not adapter.is_sum:
+        if not adapter.content.is_sum:
             message = (
                 f"adapter '{adapter.name}' cannot be mixed or scaled: it has DoRA's magnitudes, or changes embed_tokens"
                 " or lm_head"

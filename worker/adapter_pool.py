@@ -1,4 +1,7 @@
-"""The adapter pool: the chunks of all resident adapters, in pages of the arena on the device."""
+"""The adapter pool: the chunks of all resident adapters, in pages of the arena on the device.
+
+What lies here is content, known by its number (worker.adapter.Content): all generations that have it share it.
+"""
 
 from collections import deque
 from collections.abc import Sequence
@@ -14,7 +17,7 @@ from worker.copy_stream import CopyStream
 
 @dataclass(frozen=True, slots=True)
 class ResidentAdapter:
-    """Where an adapter generation lies in the pool."""
+    """Where an adapter's content lies in the pool."""
 
     all_chunk_ids: tuple[int, ...]  # rows of AdapterPool.chunks
     scales: Tensor  # float32 [num_layers, len(MODULES)], on the pool's device
@@ -56,7 +59,7 @@ class ResidentMix:
 
 
 class AdapterPool:
-    """Chunks on the device, by adapter generation. Which chunks are free is the adapter cache's business."""
+    """Chunks on the device, by the number of their content. Which chunks are free is the adapter cache's business."""
 
     def __init__(
         self,
@@ -79,17 +82,15 @@ class AdapterPool:
         # float32 [num_chunks, num_layers, len(MODULES)]: an adapter's scales, at its first chunk's place
         self.scales = torch.zeros(num_chunks, layout.num_layers, len(MODULES), device=device)
         self._copies = CopyStream(device) if copies is None and device.type == "cuda" else copies
-        self._arriving: dict[int, torch.cuda.Event] = {}  # by generation: recorded behind its copy
+        self._arriving: dict[int, torch.cuda.Event] = {}  # by number: recorded behind its copy
         # What copies read that may be on their way, in their order: nobody else may write there meanwhile.
         self._sources: deque[tuple[torch.cuda.Event, PackedAdapter]] = deque()
         self._residents: dict[int, ResidentAdapter] = {}
-        self._owners: dict[int, int] = {}  # chunk id → generation
-        self.mixes: dict[int, tuple[tuple[int, float], ...]] = {}  # by number, below 0: generations and weights
-        self.rare: set[int] = set()  # generations in the pool that are more than a sum in the layers: Parts.is_sum
+        self._owners: dict[int, int] = {}  # chunk id → number
+        self.mixes: dict[int, tuple[tuple[int, float], ...]] = {}  # by number, below 0: those of contents, and weights
+        self.rare: set[int] = set()  # numbers of what is more than a sum in the layers: Parts.is_sum
 
-    def upload(
-        self, generation: int, packed: PackedAdapter, chunk_ids: Sequence[int], behind_steps: bool = True
-    ) -> None:
+    def upload(self, number: int, packed: PackedAdapter, chunk_ids: Sequence[int], behind_steps: bool = True) -> None:
         """Copy an adapter into the given free chunks, which become its own until remove.
 
         On a GPU the copy only begins here, and steps go on beside it if the adapter's memory is pinned; none may use
@@ -97,7 +98,7 @@ class AdapterPool:
         may still touch the memory, so the copy waits for them.
         """
         self.note_done()
-        assert generation not in self._residents
+        assert number not in self._residents
         assert len(chunk_ids) == len(packed.chunks) == len(set(chunk_ids))
         assert not self._owners.keys() & set(chunk_ids), "a chunk belongs to another adapter"
         if self._copies is None:
@@ -111,11 +112,11 @@ class AdapterPool:
             except BaseException:
                 self._copies.hold_steps(self._begun(packed))  # the chunks become KV perhaps, and part is on its way
                 raise
-            self._arriving[generation] = self._begun(packed)
-        self._owners.update(dict.fromkeys(chunk_ids, generation))
-        self._residents[generation] = ResidentAdapter(tuple(chunk_ids), scales, packed.parts)
+            self._arriving[number] = self._begun(packed)
+        self._owners.update(dict.fromkeys(chunk_ids, number))
+        self._residents[number] = ResidentAdapter(tuple(chunk_ids), scales, packed.parts)
         if not packed.parts.is_sum:
-            self.rare.add(generation)
+            self.rare.add(number)
 
     def _begun(self, packed: PackedAdapter) -> torch.cuda.Event:
         assert self._copies is not None
@@ -133,28 +134,28 @@ class AdapterPool:
             self.chunks[chunk_id].copy_(chunk, non_blocking=True)
         return self.scales[chunk_ids[0]].copy_(packed.scales, non_blocking=True)
 
-    def is_ready(self, generation: int) -> bool:
+    def is_ready(self, number: int) -> bool:
         """Whether an uploaded adapter's copy is done. Never waits."""
-        event = self._arriving.get(generation)
+        event = self._arriving.get(number)
         if event is not None and event.query():
-            del self._arriving[generation]
-        return generation not in self._arriving
+            del self._arriving[number]
+        return number not in self._arriving
 
-    def remove(self, generation: int) -> None:
+    def remove(self, number: int) -> None:
         """Forget an adapter; its chunks may become another's, or KV: steps launched later wait for its copy."""
-        self.rare.discard(generation)
-        event = self._arriving.pop(generation, None)
+        self.rare.discard(number)
+        event = self._arriving.pop(number, None)
         if event is not None and self._copies is not None:
             self._copies.hold_steps(event)
-        for chunk_id in self._residents.pop(generation).all_chunk_ids:
+        for chunk_id in self._residents.pop(number).all_chunk_ids:
             del self._owners[chunk_id]
 
-    def resident(self, generation: int) -> ResidentAdapter:
+    def resident(self, number: int) -> ResidentAdapter:
         """The place of an uploaded adapter. KeyError if it is not in the pool: never the base model in silence."""
-        return self._residents[generation]
+        return self._residents[number]
 
-    def resident_or_mix(self, generation: int) -> ResidentAdapter | ResidentMix:
+    def resident_or_mix(self, number: int) -> ResidentAdapter | ResidentMix:
         """The same, of a mix too, by its number."""
-        if generation in self.mixes:
-            return ResidentMix(tuple((self._residents[member], w) for member, w in self.mixes[generation]))
-        return self._residents[generation]
+        if number in self.mixes:
+            return ResidentMix(tuple((self._residents[member], w) for member, w in self.mixes[number]))
+        return self._residents[number]

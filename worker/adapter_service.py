@@ -113,8 +113,8 @@ class AdapterService:
 
     def bring(self, adapter: Adapter) -> Admission:
         """Has an adapter come to the device, if there is room; GRANTED if it is there."""
-        if not adapter.chunk_ids:
-            if not self.cache.has_room(adapter):
+        if not adapter.on_device:
+            if not self.cache.has_room(adapter.content):
                 return Admission.FULL
             adapter.missed = True
             packed = self._host.get(adapter.generation)
@@ -122,16 +122,16 @@ class AdapterService:
                 self._reload(adapter)
             if packed is None or not self._upload(adapter, packed):
                 return Admission.LOADING
-        return Admission.LOADING if self._uploads.is_arriving(adapter) else Admission.GRANTED
+        return Admission.LOADING if self._uploads.is_arriving(adapter.content) else Admission.GRANTED
 
     def prefetch(self, generation: int, may_copy: bool) -> bool:
         """For the scheduler: see AdapterResidency."""
         adapter = self.cache.get(generation)
-        if adapter is None or adapter.chunk_ids:
+        if adapter is None or adapter.on_device:
             return True
         adapter.missed = True  # however short the wait will be
         if (packed := self._host.get(generation)) is not None:
-            return may_copy and self.cache.has_free_places(adapter) and self._upload(adapter, packed)
+            return may_copy and self.cache.has_free_places(adapter.content) and self._upload(adapter, packed)
         if generation not in self._reloading and self.cache.host.has_spare_places([*self._coming(), adapter]):
             self._reload(adapter)
         return False
@@ -150,7 +150,7 @@ class AdapterService:
         adapter = self.cache.get(generation)
         if adapter is None:  # one of a mix may be gone
             return 0
-        return adapter.num_chunks if adapter.idle or not adapter.chunk_ids else 0
+        return adapter.num_chunks if adapter.content.idle or not adapter.on_device else 0
 
     def take_failures(self) -> list[Failure]:
         """Sequences to fail, said once."""
@@ -159,7 +159,7 @@ class AdapterService:
         return failures
 
     def _upload(self, adapter: Adapter, packed: "PackedAdapter") -> bool:
-        if self._uploads.begin(adapter, packed):
+        if self._uploads.begin(adapter.content, packed):
             return True
         error = Error(ErrorCode.INTERNAL, "the adapter could not be copied to the device")
         self._failures.append(Failure(adapter.generation, error, waiting_only=True))
@@ -233,7 +233,7 @@ class AdapterService:
     def _publish(self, command: LoadAdapter, packed: "PackedAdapter") -> Adapter | Error:
         num_chunks, holder = len(packed.chunks), self.cache.named(command.name)
         pinned = command.pinned if command.pinned is not None else holder is not None and holder.pinned
-        error = self.cache.check(command.name, packed.rank, num_chunks, pinned)
+        error = self.cache.check(command.name, packed.digest, packed.rank, num_chunks, pinned)
         if error is not None:
             return error
         adapter, old = self.cache.publish(
@@ -251,11 +251,9 @@ class AdapterService:
         )
         self.num_loads += 1
         self._revoked.discard(command.name)
-        if old is not None:
-            self._forget_removed(old)  # before its chunks can go to anyone
         self._keep_in_host(adapter, packed)
-        if adapter.pinned and self.cache.has_room(adapter):
-            self._upload(adapter, packed)
+        if adapter.pinned:
+            self._bring_pinned(adapter, packed)
         self._changed(adapter)
         if old is not None:
             self._changed(old)
@@ -283,15 +281,20 @@ class AdapterService:
         if pinned is None or pinned == adapter.pinned:
             return adapter
         if pinned:
-            error = self.cache.check(adapter.name, adapter.rank, adapter.num_chunks, True, repinned=adapter)
+            content = adapter.content
+            error = self.cache.check(adapter.name, content.digest, content.rank, content.num_chunks, True, repins=True)
             if error is not None:
                 return error
         self.cache.set_pinned(adapter, pinned)
         packed = self._host.get(adapter.generation)
-        if pinned and packed is not None and not adapter.chunk_ids and self.cache.has_room(adapter):
-            self._upload(adapter, packed)
+        if pinned and packed is not None:
+            self._bring_pinned(adapter, packed)
         self._changed(adapter)
         return adapter
+
+    def _bring_pinned(self, adapter: Adapter, packed: "PackedAdapter") -> None:
+        if not adapter.on_device and self.cache.has_room(adapter.content):
+            self._upload(adapter, packed)
 
     def _release(self, loaded: "Adapter | PackedAdapter | Exception") -> None:
         """Gives the store's copy back, beside the engine; of a load that failed there is none."""
@@ -385,7 +388,6 @@ class AdapterService:
     def _forget_removed(self, adapter: Adapter) -> None:
         if adapter.state is AdapterState.REMOVED:
             self._host.pop(adapter.generation, None)
-            self._uploads.forget(adapter)
 
     def _reply(self, waiters: list[Waiter], outcome: Adapter | Error | None) -> None:
         error = outcome if isinstance(outcome, Error) else None

@@ -1,9 +1,9 @@
-"""AdapterUploads: the copies of adapters to the device, begun, done, and forgotten when an adapter leaves it."""
+"""AdapterUploads: the copies of content to the device, begun, done, and forgotten when it leaves."""
 
 import logging
 from typing import TYPE_CHECKING
 
-from worker.adapter import Adapter
+from worker.adapter import Content
 from worker.adapter_cache import AdapterCache
 
 if TYPE_CHECKING:
@@ -20,42 +20,44 @@ class AdapterUploads:
         self.num_begun = 0
         self._cache = cache
         self._pool = pool
-        self._uploaded: dict[int, Adapter] = {}  # by generation; what the pool has, arriving ones included
-        self._arriving: dict[int, Adapter] = {}  # those whose copy was not done when last asked
-        cache.on_evict = self.forget
+        self._uploaded: set[Content] = set()  # what the pool has, arriving ones included
+        self._arriving: dict[Content, None] = {}  # those whose copy was not done when last asked, the oldest first
+        cache.on_leave = self._forget
 
-    def begin(self, adapter: Adapter, packed: "PackedAdapter") -> bool:
-        """Gives an adapter its place, for which there is room, and begins its copy. False: the device took none."""
-        placed = self._cache.place(adapter)
+    def begin(self, content: Content, packed: "PackedAdapter") -> bool:
+        """Gives content its place, for which there is room, and begins its copy. False: the device took none."""
+        placed = self._cache.place(content)
         assert placed
         try:
-            behind_steps = not self._cache.is_quiet(adapter)
-            self._pool.upload(adapter.generation, packed, adapter.chunk_ids, behind_steps)
+            behind_steps = not self._cache.is_quiet(content)
+            self._pool.upload(content.number, packed, content.chunk_ids, behind_steps)
         except Exception:
-            log.exception("adapter %s could not be copied to the device", adapter.name)
-            self._cache.unplace(adapter)
+            log.exception("an adapter's content, %s, could not be copied to the device", content.digest)
+            self._cache.unplace(content)
             return False
-        self._cache.set_arriving(adapter, True)
-        self._uploaded[adapter.generation] = self._arriving[adapter.generation] = adapter
+        self._cache.set_arriving(content, True)
+        self._uploaded.add(content)
+        self._arriving[content] = None
         self.num_begun += 1
         return True
 
-    def is_arriving(self, adapter: Adapter) -> bool:
+    def is_arriving(self, content: Content) -> bool:
         """Whether the copy is not done yet. Never waits."""
-        if adapter.arriving and self._pool.is_ready(adapter.generation):
-            self._cache.set_arriving(adapter, False)
-            self._arriving.pop(adapter.generation, None)
-        return adapter.arriving
+        if content.arriving and self._pool.is_ready(content.number):
+            self._cache.set_arriving(content, False)
+            self._arriving.pop(content, None)
+        return content.arriving
 
     def note_arrivals(self) -> None:
         """Takes note of the copies that are done."""
         if self.num_begun:
             self._pool.note_done()
-        for adapter in list(self._arriving.values()):  # not all that are there: that may be a thousand, at each step
-            self.is_arriving(adapter)
+        for content in list(self._arriving):  # not all that are there: that may be a thousand, at each step
+            self.is_arriving(content)
 
-    def forget(self, adapter: Adapter) -> None:
-        """An adapter is not on the device any more, if it was."""
-        self._arriving.pop(adapter.generation, None)
-        if self._uploaded.pop(adapter.generation, None) is not None:
-            self._pool.remove(adapter.generation)
+    def _forget(self, content: Content) -> None:
+        """What has left the device, if it was there, or was about to come."""
+        self._arriving.pop(content, None)
+        if content in self._uploaded:
+            self._uploaded.remove(content)
+            self._pool.remove(content.number)

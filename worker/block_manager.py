@@ -45,7 +45,8 @@ class BlockManager:
     def num_free_beside(self, num_chunks: int) -> int:
         """The same, when so many chunks that are free or idle come into use."""
         arena = self._arena
-        num_pages = arena.num_free_pages + arena.num_idle_chunks - num_chunks
+        in_use_then = num_chunks if arena.adapters is not None else 0  # else they come from another memory
+        num_pages = arena.num_free_pages + arena.num_idle_chunks - in_use_then
         in_arena = arena.num_free_blocks + len(self._cached) + num_pages * arena.blocks_per_page
         return min(in_arena, self.num_blocks - self._num_used)
 

@@ -62,20 +62,21 @@ class Bucket:
             window=window,
             semaphores=torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=device),
         )
-        self.steps = [Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, None)]
+        base = Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, None, has_answers=True)
+        self.steps = [base]
         self.work: WorkList | None = None
         self._pool = pool
         # Of Rescaled; behind the rows that adapters with magnitudes have, -1.
         self.magnitudes = torch.full((num_rows, 2), -1, dtype=torch.int64, device=device)
         if pool is not None:
-            block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows)
+            block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows, has_answers=True)
             self.work = WorkList(pool.scales, num_rows, max_chunks, block_rows, long_rows)
             self.work.update(num_rows, [])
             lora = Lora(pool.chunks, self.work, side if num_rows <= MAX_ROWS else None)
-            self.steps.append(Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, lora))
+            self.steps.append(dataclasses.replace(base, lora=lora))
             if with_magnitudes:
                 lora = dataclasses.replace(lora, rescaled=Rescaled(self.magnitudes, ()))
-                self.steps.append(Step(self.buffers.positions, self.buffers.slots, plan, kv_cache.layers, lora))
+                self.steps.append(dataclasses.replace(base, lora=lora))
         self.graphs: list[Captured] = []  # without adapters, with, with magnitudes
         self.adapted: list[Adapted] = []  # what the work list describes
 

@@ -29,7 +29,7 @@ from worker.grammar import GrammarError, Matcher
 from worker.grammar_service import GrammarService
 from worker.mailbox import Admin, Cancel, CancelAll, JobDone, Mail, Message, Outbox, Owner, Start, Stop
 from worker.scheduler import Scheduler
-from worker.sequence import Sample, ScheduledSequence, Sequence
+from worker.sequence import BASE_CONTENT, Sample, ScheduledSequence, Sequence
 from worker.step_pipeline import Outcome, Runner, StepPipeline
 
 log = logging.getLogger(__name__)
@@ -180,19 +180,20 @@ class Engine:
     def _start_checked(self, owner: Owner, command: Generate, matcher: Matcher | None = None) -> None:
         # The base model's namespace starts with a byte that no digest holds: a salt cannot pass for an adapter.
         request_id, namespace, client = command.request_id, b"\0" + command.cache_salt.encode(), BASE_CLIENT
-        generation, mixed = command.generation, tuple[int, ...]()
+        generation, content, mixed = command.generation, BASE_CONTENT, tuple[int, ...]()
         if command.mix:
             mix = self._adapters.mixes.bind(command.mix)
             if isinstance(mix, Error):
                 self._refuse(owner, request_id, mix)
                 return
-            generation, mixed, client = mix.number, mix.generations, mix.client
-            namespace = mix.namespace + namespace
+            generation, content, mixed = mix.number, mix.number, mix.generations
+            namespace, client = mix.namespace + namespace, mix.client
         elif generation != BASE_GENERATION:
             adapter = self._adapters.bind(generation)
             if isinstance(adapter, Error):
                 self._refuse(owner, request_id, adapter)
                 return
+            content = adapter.content.number
             namespace, client = adapter.digest.encode() + namespace, adapter.name
         self._last_sequence_id += 1
         seed = command.sampling.seed
@@ -203,6 +204,7 @@ class Engine:
             sampling=command.sampling,
             seed=secrets.randbits(63) if seed is None else seed,
             generation=generation,
+            content=content,
             mixed=mixed,
             client=client,
             namespace=namespace,

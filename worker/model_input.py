@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from kernels import AttentionPlan, DecodeGroup, Edges, PrefillSpan, Segments, Tokens, kv_rows
-from protocol.messages import BASE_GENERATION
 from worker.adapter_pool import AdapterPool, ResidentAdapter, ResidentMix
 from worker.kv_cache import KVCache
 from worker.last_tokens import LastTokens
 from worker.layers.step import Lora, Step
-from worker.sequence import ScheduledSequence
+from worker.sequence import BASE_CONTENT, ScheduledSequence
 from worker.step_extras import edges_of, rescaled_of
 
 
@@ -147,26 +146,26 @@ class LoraPlanner:
 
     def plan(self, batch: list[ScheduledSequence]) -> tuple[Lora | None, Edges | None]:
         """What the step's adapters have in the layers, and at the edges; nothing if every row is the base model's."""
-        shape = [(scheduled.sequence.generation, scheduled.num_tokens) for scheduled in batch]
-        generations = dict.fromkeys(generation for generation, _ in shape if generation != BASE_GENERATION)
-        if not generations:
+        shape = [(scheduled.sequence.content, scheduled.num_tokens) for scheduled in batch]
+        contents = dict.fromkeys(content for content, _ in shape if content != BASE_CONTENT)
+        if not contents:
             return None, None
         assert self._pool is not None, "an adapter's sequence came to a worker without adapters"
-        residents = {generation: self._pool.resident_or_mix(generation) for generation in generations}
+        residents = {number: self._pool.resident_or_mix(number) for number in contents}
         key = (shape, [resident.all_chunk_ids for resident in residents.values()])
         if self._key != key:
-            rows = _rows_by_generation(shape)
+            rows = _rows_by_content(shape)
             self._planned = self._lora(residents, rows), edges_of(rows, self._pool)
             self._key = key
         return self._planned
 
     def _lora(self, residents: Mapping[int, ResidentAdapter | ResidentMix], rows: dict[int, list[int]]) -> Lora | None:
         assert self._pool is not None
-        layered = {generation: resident for generation, resident in residents.items() if resident.chunk_ids}
+        layered = {number: resident for number, resident in residents.items() if resident.chunk_ids}
         if not layered:
             return None
         segments = Segments.of(
-            [rows[generation] for generation in layered],
+            [rows[number] for number in layered],
             [resident.chunk_ids for resident in layered.values()],
             [resident.scales for resident in layered.values()],
             self._pool.chunks.device,
@@ -174,10 +173,10 @@ class LoraPlanner:
         return Lora(self._pool.chunks, segments, rescaled=rescaled_of(rows, self._pool))
 
 
-def _rows_by_generation(shape: list[tuple[int, int]]) -> dict[int, list[int]]:
+def _rows_by_content(shape: list[tuple[int, int]]) -> dict[int, list[int]]:
     rows: dict[int, list[int]] = {}
     row = 0
-    for generation, num_tokens in shape:
-        rows.setdefault(generation, []).extend(range(row, row + num_tokens))
+    for content, num_tokens in shape:
+        rows.setdefault(content, []).extend(range(row, row + num_tokens))
         row += num_tokens
     return rows

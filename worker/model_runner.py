@@ -53,11 +53,11 @@ class ModelRunner:
         sampled = [scheduled for scheduled in batch if scheduled.samples]
         if model_input.sample_rows is not None:
             hidden = hidden[model_input.sample_rows]
-        logits = self._logits(hidden, [s.sequence.generation for s in sampled]) if sampled else hidden
+        logits = self._logits(hidden, [s.sequence.content for s in sampled]) if sampled else hidden
         return LaunchedStep(self._sampler, self._last_tokens, sampled, list(range(len(sampled))), logits, scores=scores)
 
     def drain(self) -> None:
         """Launching is computing here."""
 
-    def _logits(self, hidden: Tensor, generations: list[int]) -> Tensor:
-        return self.model.logits(hidden, edges_of_each(generations, self.pool))
+    def _logits(self, hidden: Tensor, contents: list[int]) -> Tensor:
+        return self.model.logits(hidden, edges_of_each(contents, self.pool))

@@ -13,13 +13,12 @@ from torch import Tensor
 from kernels import AdapterRows, Member, PagedPlan, WorkList
 from kernels.gpu import launch
 from kernels.paged_plan import tiles_of
-from protocol.messages import BASE_GENERATION
 from worker.adapter_pool import AdapterPool
 from worker.kv_cache import KVCache
 from worker.last_tokens import LastTokens
 from worker.layers.step import Step
 from worker.model_config import ModelConfig
-from worker.sequence import ScheduledSequence
+from worker.sequence import BASE_CONTENT, ScheduledSequence
 from worker.transfer import upload_arrays
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -62,40 +61,37 @@ def padded(num_rows: int, sizes: tuple[int, ...]) -> int:
     return next((size for size in sizes if size >= num_rows), num_rows)
 
 
-# A generation, its chunks in the pool, its rows of the step.
+# A content's or mix's number, its chunks in the pool, its rows of the step.
 Adapted = tuple[int, tuple[int, ...], list[int]]
 
 
 def adapted_rows(rows: StepRows, pool: AdapterPool | None) -> list[Adapted]:
     """Who goes through which adapter; empty if every row is the base model's."""
-    by_generation: dict[int, list[int]] = {}
+    by_content: dict[int, list[int]] = {}
     for scheduled, row in zip(rows.shares, rows.first_rows, strict=True):
-        generation = scheduled.sequence.generation
-        if generation != BASE_GENERATION:
-            by_generation.setdefault(generation, []).extend(range(row, row + scheduled.num_tokens))
-    assert pool is not None or not by_generation, "an adapter's sequence came to a worker without adapters"
-    return [(g, pool.resident_or_mix(g).chunk_ids, of_generation) for g, of_generation in by_generation.items() if pool]
+        content = scheduled.sequence.content
+        if content != BASE_CONTENT:
+            by_content.setdefault(content, []).extend(range(row, row + scheduled.num_tokens))
+    assert pool is not None or not by_content, "an adapter's sequence came to a worker without adapters"
+    return [(number, pool.resident_or_mix(number).chunk_ids, its) for number, its in by_content.items() if pool]
 
 
 def work_of(adapted: list[Adapted], pool: AdapterPool) -> list[AdapterRows]:
     """For WorkList.update. An adapter's slot is its first chunk."""
-    return [
-        AdapterRows(rows, chunk_ids[0], chunk_ids, _members(generation, pool))
-        for generation, chunk_ids, rows in adapted
-    ]
+    return [AdapterRows(rows, chunk_ids[0], chunk_ids, _members(number, pool)) for number, chunk_ids, rows in adapted]
 
 
-def _members(generation: int, pool: AdapterPool) -> list[Member]:
+def _members(number: int, pool: AdapterPool) -> list[Member]:
     """Of a mix; an adapter alone has none."""
-    if generation >= BASE_GENERATION:
+    if number >= BASE_CONTENT:
         return []
-    weighted = [(pool.resident(member).chunk_ids, weight) for member, weight in pool.mixes[generation]]
+    weighted = [(pool.resident(member).chunk_ids, weight) for member, weight in pool.mixes[number]]
     return [Member(chunk_ids[0], len(chunk_ids), weight) for chunk_ids, weight in weighted]
 
 
-def work_list(adapted: list[Adapted], num_rows: int, pool: AdapterPool, max_chunks: int) -> WorkList:
+def work_list(adapted: list[Adapted], num_rows: int, pool: AdapterPool, max_chunks: int, has_answers: bool) -> WorkList:
     """A work list for one step alone."""
-    block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows)
+    block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows, has_answers)
     max_segments = -(-num_rows // block_rows) + len(adapted) + 1
     work = WorkList(pool.scales, max_segments, max_chunks, block_rows, long_rows, changes=False)
     work.update(num_rows, work_of(adapted, pool))
@@ -176,7 +172,7 @@ def eager_step(rows: StepRows, kv_cache: KVCache, config: ModelConfig, last_toke
         window=config.sliding_window,
         semaphores=torch.zeros(max(1, num_decodes) * config.num_kv_heads, dtype=torch.int32, device=tables.device),
     )
-    step = Step(positions, slots, plan, kv_cache.layers, None)
+    step = Step(positions, slots, plan, kv_cache.layers, None, has_answers=num_decodes > 0)
     return EagerStep(codes, step, arrays.sampled, sample_rows)
 
 

@@ -12,7 +12,7 @@ from worker.transfer import upload
 
 ROWS_AT_ONCE = 64  # whose logits there is room for beside everything else
 
-# Hidden states [num_rows, hidden_size] and each row's generation -> logits [num_rows, vocab_size].
+# Hidden states [num_rows, hidden_size] and each row's content -> logits [num_rows, vocab_size].
 LogitsOf = Callable[[Tensor, list[int]], Tensor]
 
 
@@ -26,7 +26,7 @@ class ShareScores:
         wanted = sequence.token_ids[first : min(scheduled.end + 1, sequence.num_prompt_tokens)]
         targets = upload(torch.tensor(wanted, dtype=torch.int64), hidden.device)[:, None]
         pieces = [
-            self._score(logits_of(rows, [sequence.generation] * len(rows)).float(), targets[at : at + ROWS_AT_ONCE])
+            self._score(logits_of(rows, [sequence.content] * len(rows)).float(), targets[at : at + ROWS_AT_ONCE])
             for at, rows in zip(
                 range(0, len(wanted), ROWS_AT_ONCE), hidden[: len(wanted)].split(ROWS_AT_ONCE), strict=True
             )

@@ -12,6 +12,8 @@ from protocol.sampling import SamplingParams
 if TYPE_CHECKING:
     from worker.grammar import Matcher
 
+BASE_CONTENT = 0  # of sequences of the base model
+
 
 class SequenceStatus(Enum):
     """Where a sequence is. A preempted sequence is WAITING again."""
@@ -36,6 +38,7 @@ class Sequence:
     sampling: SamplingParams
     seed: int  # sampling.seed, or one that the worker drew
     generation: int = BASE_GENERATION  # the adapter's, or a mix's number: see AdapterMixes; bound for its whole life
+    content: int = BASE_CONTENT  # the number of its adapter's content, or of its mix: what steps go by
     client: str = ""  # whose share its tokens are counted in: see worker.fair_queue
     namespace: bytes = b""  # of its prefix-cache entries: adapter content digest and cache salt
     owner: object = None  # whom the outputs go to; the scheduler and the runner never look inside

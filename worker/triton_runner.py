@@ -67,7 +67,7 @@ class TritonRunner:
         rows = lay_out(batch, self._buckets, self._mixed.sizes if self._mixed is not None else ())
         adapted = adapted_rows(rows, self.pool)
         sampled = [scheduled for scheduled in batch if scheduled.samples]
-        of_adapters = {generation: of_adapter for generation, _, of_adapter in adapted}
+        of_adapters = {number: of_adapter for number, _, of_adapter in adapted}
         rescaled, edges = rescaled_of(of_adapters, self.pool), edges_of(of_adapters, self.pool)
         is_plain = edges is None and not any(map(is_scored, batch))
         if self._graphs is not None and is_plain and self._graphs.fits(rows, rescaled):
@@ -92,20 +92,27 @@ class TritonRunner:
 
     @torch.inference_mode()
     def warm_up(self, max_tokens: int) -> None:
-        """Compiles what prompts of up to max_tokens tokens a step need. For boot: writes over the first KV blocks."""
-        block_size = self.kv_cache.block_size
-        most = min(max_tokens, self.kv_cache.num_blocks * block_size, self._config.max_position_embeddings)
+        """Compiles what prompts of up to max_tokens tokens a step need, alone and beside answers.
+
+        For boot: writes over the first KV blocks.
+        """
+        room = self.kv_cache.num_blocks * self.kv_cache.block_size
+        most = min(max_tokens, room, self._config.max_position_embeddings)
         for num_tokens in sorted({size for size in (*WARM_UP_TOKENS, most) if 1 < size <= most}):
-            blocks = list(range(-(-num_tokens // block_size)))
-            sampling = SamplingParams(max_tokens=1, temperature=0.0)
-            sequence = Sequence(0, [0] * num_tokens, num_tokens, sampling, 0, block_table=blocks)
-            rows = lay_out([sequence.share(num_tokens)], self._buckets)
-            self._best(self._eager(rows, []))
-            if self.pool is not None:
-                all_rows = list(range(num_tokens))
-                rescaled = Rescaled.of([all_rows], [0], self.pool.chunks.device)
-                self._eager(rows, [(0, (0,), all_rows)], rescaled)
+            prompt = self._made(num_tokens)
+            for batch in ([prompt.share(num_tokens)], [self._made(1).share(1), prompt.share(num_tokens - 1)]):
+                rows = lay_out(batch, self._buckets)
+                self._best(self._eager(rows, []))
+                if self.pool is not None:
+                    all_rows = list(range(num_tokens))
+                    rescaled = Rescaled.of([all_rows], [0], self.pool.chunks.device)
+                    self._eager(rows, [(0, (0,), all_rows)], rescaled)
         self._warm_up_draws()
+
+    def _made(self, num_tokens: int) -> Sequence:
+        blocks = list(range(-(-num_tokens // self.kv_cache.block_size)))
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        return Sequence(0, [0] * num_tokens, num_tokens, sampling, 0, block_table=blocks)
 
     def _warm_up_draws(self) -> None:
         """Of every number of rows, as far as kernels differ by it: see launch.argmax_blocks."""
@@ -125,21 +132,21 @@ class TritonRunner:
         step = dataclasses.replace(eager.step, edges=edges)
         if adapted:
             assert self.pool is not None
-            work = work_list(adapted, rows.num_rows, self.pool, self._max_chunks)
+            work = work_list(adapted, rows.num_rows, self.pool, self._max_chunks, step.has_answers)
             side = self._side if rows.num_rows <= MAX_ROWS else None
             step = dataclasses.replace(step, lora=Lora(self.pool.chunks, work, side, rescaled))
         states = self.model.forward(self._last_tokens.tokens(eager.codes), step)
         return Hidden(states, eager.sampled, eager.sample_rows)
 
-    def _logits(self, hidden: Tensor, generations: list[int]) -> Tensor:
-        return self.model.logits(hidden, edges_of_each(generations, self.pool))
+    def _logits(self, hidden: Tensor, contents: list[int]) -> Tensor:
+        return self.model.logits(hidden, edges_of_each(contents, self.pool))
 
     def _best(self, hidden: Hidden) -> tuple[Tensor, Tensor]:
         """Logits and best tokens of the rows that sample; the next step finds them."""
         if not hidden.sampled:
             return hidden.states[:0], torch.empty(0, dtype=torch.int64, device=hidden.states.device)
-        generations = [scheduled.sequence.generation for scheduled in hidden.sampled]
-        logits = self._logits(hidden.states.index_select(0, hidden.sample_rows), generations)
+        contents = [scheduled.sequence.content for scheduled in hidden.sampled]
+        logits = self._logits(hidden.states.index_select(0, hidden.sample_rows), contents)
         tokens = argmax(logits, launch.semaphores(logits.device))
         self._last_tokens.keep(tokens)
         return logits, tokens

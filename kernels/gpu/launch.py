@@ -200,18 +200,20 @@ def rms_norm_warps(size: int) -> int:
 def block_rows(num_rows: int) -> int:
     """How many rows of one adapter a short segment of a step of num_rows rows has at most: see WorkList.
 
-    Eight adapters, in graphs, ms a step over the base's, segments of 16 | 32 | 64 rows: 64 answers and a prompt of 190
-    tokens 1.5 | 1.8 | 2.8; 171 answers and two prompts of 170 1.7 | 1.6 | 2.2; a prompt of 512 1.3 | 1.0 | 1.4.
+    In graphs, 1, 8, 32 and 64 adapters, ms a step in segments of 8 | 16 | 32 rows (the base alone takes 11.0): 100
+    answers and a prompt of 280 tokens 13.1, 13.4, 14.0, 14.9 | 12.6, 12.8, 13.8, 15.2 | 12.5, 12.9, 14.7, 16.7.
     """
-    return next((rows for most, rows in ((64, 8), (256, 16), (512, 32)) if num_rows <= most), 16)
+    return 8 if num_rows <= 64 else 16
 
 
-def long_rows(num_rows: int) -> int:
-    """How many rows a long segment of a step of num_rows rows has; 0: there are none.
+def long_rows(num_rows: int, has_answers: bool = False) -> int:
+    """How many rows a long segment of a step of num_rows rows has; 0: there are none. has_answers: see Step.
 
-    The rotary kernel without adapters follows these two, so that its rows see the same order of additions in both.
+    Kernels that know both kinds are slow at the short ones. 252 answers and three prompts of 256 tokens on 1, 8, 32 and
+    64 adapters, ms with long ones and without: 27.2, 29.0, 30.0, 33.2 and 28.3, 28.7, 29.0, 30.7. Four prompts alone
+    (short ones of 32 rows there), 1 and 4 adapters: 24.7, 24.9 and 25.3, 25.1.
     """
-    return 0 if num_rows <= 512 else 64
+    return 0 if num_rows <= 512 or has_answers else 64
 
 
 def num_items(work: WorkList, num_columns: int, block: int, long_block: int) -> int:

@@ -267,13 +267,14 @@ def rotary_store_kv(
     head_norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
     delta: LoraDelta | None = None,
+    has_answers: bool = False,
 ) -> None:
     """Semantics: kernels.reference.rotary_store_kv. A row whose slot is negative stores nothing.
 
     qkv [num_tokens, (num_heads + 2 · num_kv_heads) · head_dim], whose queries are rotated in place; cos, signed_sin
     [num_tokens, 1, head_dim]; cache: one layer, [num_blocks, 2, num_kv_heads, block_size, head_dim]; slot_mapping
     int64 [num_tokens]; head_norms: weights [head_dim] of queries and keys. With adapters, rows that the work list does
-    not name are left as they are.
+    not name are left as they are. has_answers: as in the work list of a step like this, had it adapters.
     """
     num_rows, row_size = qkv.shape
     _, _, num_kv_heads, block_size, head_dim = cache.shape
@@ -285,7 +286,9 @@ def rotary_store_kv(
     strides = (qkv.stride(0), cos.stride(0), cache.stride(0))
     heads = _Heads(num_heads, num_kv_heads, head_dim, block_size, head_norms is not None)
     if delta is None:
-        variant, rows = _without_adapters(heads, launch.block_rows(num_rows), launch.long_rows(num_rows))
+        # The tiles' shape is the order in which a head's squares are added, which adapters beside must not change.
+        long_rows = launch.long_rows(num_rows, has_answers and heads.has_norms)
+        variant, rows = _without_adapters(heads, launch.block_rows(num_rows), long_rows)
         launch.run(variant, (heads.all, -(-num_rows // rows)), *tensors, num_rows, *strides, eps)
         return
     work, site = delta.segments, delta.site

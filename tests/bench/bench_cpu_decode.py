@@ -122,12 +122,19 @@ class Bench:
         self._step(sequences)
         return min(seconds(partial(self._step, sequences)) for _ in range(STEPS))
 
-    def _sequence(self, index: int, generation: int) -> Sequence:
+    def _sequence(self, index: int, content: int) -> Sequence:
         blocks = list(range(index * self.blocks_each, (index + 1) * self.blocks_each))
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
         tokens = [5] * (self.context + 1)
         return Sequence(
-            index, tokens, len(tokens), sampling, 0, generation, block_table=blocks, num_computed_tokens=self.context
+            index,
+            tokens,
+            len(tokens),
+            sampling,
+            0,
+            content=content,
+            block_table=blocks,
+            num_computed_tokens=self.context,
         )
 
     def _step(self, sequences: list[Sequence]) -> None:

@@ -109,13 +109,13 @@ class GpuModel:
         return 1e3 * (gemm + num_rows * context * self.kv_bytes / BYTES_PER_SECOND)
 
 
-def sequence(index: int, generation: int, num_tokens: int, num_computed: int, blocks_each: int) -> Sequence:
+def sequence(index: int, content: int, num_tokens: int, num_computed: int, blocks_each: int) -> Sequence:
     """A greedy sequence of some tokens, of which num_computed have KV, in blocks of its own."""
     blocks = list(range(index * blocks_each, (index + 1) * blocks_each))
     sampling = SamplingParams(max_tokens=1, temperature=0.0)
     tokens = [(5 + 7 * index + 11 * i) % LLAMA_8B.vocab_size for i in range(num_tokens)]
     return Sequence(
-        index, tokens, num_tokens, sampling, 0, generation, block_table=blocks, num_computed_tokens=num_computed
+        index, tokens, num_tokens, sampling, 0, content=content, block_table=blocks, num_computed_tokens=num_computed
     )
 
 

@@ -40,8 +40,9 @@ def mixes(num_rows: int) -> dict[str, list[int]]:
 class Layer:
     """Its LoRA sites, all with the same adapters, whose rows may be changed; inputs and outputs at fixed addresses."""
 
-    def __init__(self, shape: LayerShape, num_rows: int, dtype: torch.dtype) -> None:
-        self.shape, self.num_rows, self.dtype = shape, num_rows, dtype
+    def __init__(self, shape: LayerShape, num_rows: int, dtype: torch.dtype, has_answers: bool = False) -> None:
+        """has_answers: see Step; it decides which kinds of segments there are."""
+        self.shape, self.num_rows, self.dtype, self.has_answers = shape, num_rows, dtype, has_answers
         q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         sizes: dict[str, tuple[int, tuple[int, ...]]] = {
             "qkv": (shape.hidden, (q, kv, kv)),
@@ -70,7 +71,7 @@ class Layer:
 
     def work_lists(self, changes: bool = True) -> dict[str, WorkList]:
         """As a step of so many rows has them."""
-        shape = launch.block_rows(self.num_rows), launch.long_rows(self.num_rows)
+        shape = launch.block_rows(self.num_rows), launch.long_rows(self.num_rows, self.has_answers)
         return {name: case.work_list(*shape, changes) for name, case in self.cases.items()}
 
     def update(self, works: dict[str, WorkList]) -> None:
@@ -88,7 +89,7 @@ class Layer:
         deltas = {name: LoraDelta(s[name], self.cases[name].chunks, self.cases[name].site, works[name]) for name in s}
         q, heads = self.y["qkv"].clone(), self.shape.num_heads
         delta = deltas.get("qkv")
-        rotary_store_kv(q, *self.angles, self.cache, self.slots, heads, self.norms, EPS, delta)
+        rotary_store_kv(q, *self.angles, self.cache, self.slots, heads, self.norms, EPS, delta, self.has_answers)
         kv = self.cache[self.slots // BLOCK_SIZE, :, :, self.slots % BLOCK_SIZE].flatten(1)
         outs = {"q": q[:, : heads * self.shape.head_dim], "kv": kv}
         outs["gate_up"] = silu_and_mul(self.y["gate_up"], deltas.get("gate_up"))

@@ -84,9 +84,9 @@ def _usage(cubin: bytes) -> dict[str, int]:
     return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", run.stdout)}
 
 
-def _lora(dtype: torch.dtype, num_rows: int, max_chunks: int) -> None:
+def _lora(dtype: torch.dtype, num_rows: int, max_chunks: int, has_answers: bool) -> None:
     """The LoRA kernels at the 8B's shape."""
-    block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows)
+    block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows, has_answers)
     work = WorkList(torch.zeros(8, 32, 7), num_rows, max_chunks, block_rows, long_rows)
     chunks = torch.zeros(2, 4096, dtype=dtype)  # nothing reads it
     sites = {
@@ -139,16 +139,16 @@ def main() -> None:
     launch.run = compiler.run
     launch.STARTS_EARLY = True
     launch.num_sms = lambda device: 132  # type: ignore[assignment]
-    for dtype, num_rows in (
-        (torch.bfloat16, 64),
-        (torch.bfloat16, 256),
-        (torch.bfloat16, 512),
-        (torch.bfloat16, 4096),
-        (torch.float32, 64),
-        (torch.float32, 1024),
+    for dtype, num_rows, has_answers in (
+        (torch.bfloat16, 64, True),
+        (torch.bfloat16, 512, True),
+        (torch.bfloat16, 1024, True),
+        (torch.bfloat16, 4096, False),
+        (torch.float32, 64, True),
+        (torch.float32, 1024, False),
     ):
-        compiler.label = f"{dtype} m={num_rows}"
-        _lora(dtype, num_rows, 4)
+        compiler.label = f"{dtype} m={num_rows} {has_answers=}"
+        _lora(dtype, num_rows, 4, has_answers)
     for dtype, heads, head_dim, block_size in (
         (torch.bfloat16, (32, 8), 128, 64),
         (torch.bfloat16, (16, 8), 256, 64),

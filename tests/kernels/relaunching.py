@@ -84,13 +84,13 @@ class Steps:
         shares += [self._share(40 + i, generation, tokens, tokens) for i, (generation, tokens) in enumerate(prompts)]
         self.runner.launch(shares)
 
-    def _share(self, index: int, generation: int, num_tokens: int, share: int) -> ScheduledSequence:
+    def _share(self, index: int, content: int, num_tokens: int, share: int) -> ScheduledSequence:
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
         blocks = [(index + i) % 64 for i in range(-(-num_tokens // BLOCK_SIZE))]
         computed = num_tokens - share
         tokens = [1] * num_tokens
         return Sequence(
-            index, tokens, num_tokens, sampling, 0, generation, block_table=blocks, num_computed_tokens=computed
+            index, tokens, num_tokens, sampling, 0, content=content, block_table=blocks, num_computed_tokens=computed
         ).share(share)
 
 

@@ -11,16 +11,16 @@ from tests.kernels.layer_case import Layer, LayerShape, mixes
 SHAPES = [LayerShape(200, 3, 1, 64, 136, False), LayerShape(90, 2, 1, 96, 75, True)]
 if CUDA:  # several splits of a shrink, heads of every size
     SHAPES += [LayerShape(1100, 5, 1, 128, 601, True), LayerShape(4104, 2, 2, 256, 1090, False)]
-# Short segments of 8 rows, of 16, of 32, and long ones of 64: see launch.block_rows and long_rows.
-NUM_ROWS = [37, 97, 301, 557] if CUDA else [21, 261, 517]
+# Short segments of 8 rows, of 16, and long ones of 64 or, beside answers, none: see launch.block_rows and long_rows.
+STEPS = [(37, True), (97, True), (557, False), (557, True)] if CUDA else [(21, True), (261, True), (517, False)]
 
 
-@pytest.mark.parametrize("num_rows", NUM_ROWS)
+@pytest.mark.parametrize(("num_rows", "has_answers"), STEPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_mix(shape: LayerShape, dtype: torch.dtype, num_rows: int) -> None:
+def test_every_mix(shape: LayerShape, dtype: torch.dtype, num_rows: int, has_answers: bool) -> None:
     """Twice the same bits, and rows without an adapter those of the base model."""
-    layer = Layer(shape, num_rows, dtype)
+    layer = Layer(shape, num_rows, dtype, has_answers)
     base = layer.run(None)
     for i, (name, mix) in enumerate(mixes(num_rows).items()):
         if not CUDA and (i % 4 or num_rows > 64) and name != "zipf":
@@ -37,11 +37,11 @@ def test_every_mix(shape: LayerShape, dtype: torch.dtype, num_rows: int) -> None
             assert not any(table.semaphores.any() for table in work.tables), name
 
 
-@pytest.mark.parametrize("num_rows", NUM_ROWS[-1:])
+@pytest.mark.parametrize(("num_rows", "has_answers"), STEPS[2:])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shrink_buffers(shape: LayerShape, dtype: torch.dtype, num_rows: int) -> None:
-    layer = Layer(shape, num_rows, dtype)
+def test_shrink_buffers(shape: LayerShape, dtype: torch.dtype, num_rows: int, has_answers: bool) -> None:
+    layer = Layer(shape, num_rows, dtype, has_answers)
     layer.set_mix(mixes(num_rows)["zipf"])
     for name, s in layer.shrink(layer.work_lists()).items():
         assert_shrunk(layer.cases[name], layer.x[name], s)

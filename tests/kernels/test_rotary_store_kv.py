@@ -43,7 +43,12 @@ def slots(num_rows: int) -> tuple[Tensor, int]:
 
 
 def run(
-    qkv: Tensor, num_heads: int, num_kv_heads: int, norms: tuple[Tensor, Tensor] | None, delta: LoraDelta | None
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    norms: tuple[Tensor, Tensor] | None,
+    delta: LoraDelta | None,
+    has_answers: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The queries and the cache behind the op, on the device that qkv is on."""
     head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
@@ -52,7 +57,7 @@ def run(
     data = torch.full((num_blocks, 2, 2, num_kv_heads, BLOCK_SIZE, head_dim), float("nan"), dtype=qkv.dtype)
     cache = data.to(DEVICE)[:, 1]
     qkv = qkv.clone()
-    rotary_store_kv(qkv, cos, signed_sin, cache, slot_mapping, num_heads, norms, EPS, delta)
+    rotary_store_kv(qkv, cos, signed_sin, cache, slot_mapping, num_heads, norms, EPS, delta, has_answers)
     stored = cache[slot_mapping // BLOCK_SIZE, :, :, slot_mapping % BLOCK_SIZE]
     assert int(cache.isfinite().sum()) == stored.numel(), "and nothing else was written"
     return qkv[:, : num_heads * head_dim], stored.flatten(1)
@@ -120,9 +125,10 @@ def test_adapters(name: str, dtype: torch.dtype, has_norms: bool) -> None:
         assert torch.equal(got[part][base_rows], base[part][base_rows])
 
 
+@pytest.mark.parametrize("has_answers", [False, True])
 @pytest.mark.parametrize("has_norms", [False, True])
-def test_long_segments(has_norms: bool) -> None:
-    """A prompt, some decodes and the base model's rows, so many that both kernels take long tiles."""
+def test_many_rows(has_norms: bool, has_answers: bool) -> None:
+    """A prompt, some decodes and the base model's rows, so many that both kernels take long tiles, but for answers."""
     num_heads, num_kv_heads, head_dim, num_rows = 2, 1, 40, 530
     outs = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
     mix = [0] * 280 + [-1] * 130 + [1] * 70 + [2] * 9 + [-1] * 41
@@ -132,12 +138,12 @@ def test_long_segments(has_norms: bool) -> None:
         randn(4, num_rows, sum(outs), dtype=torch.float32),
     )
     norms = norms_of(head_dim, torch.float32) if has_norms else None
-    work = case.work_list(launch.block_rows(num_rows), launch.long_rows(num_rows))
-    assert work.long is not None
+    work = case.work_list(launch.block_rows(num_rows), launch.long_rows(num_rows, has_answers))
+    assert (work.long is None) is has_answers
     delta = LoraDelta(lora_shrink(x, case.chunks, case.site, work), case.chunks, case.site, work)
     got = run(qkv, num_heads, num_kv_heads, norms, delta)
     expected = run_twin(qkv, num_heads, num_kv_heads, norms, case, x)
-    base = run(qkv, num_heads, num_kv_heads, norms, None)
+    base = run(qkv, num_heads, num_kv_heads, norms, None, has_answers)
     base_rows = sorted(set(range(num_rows)) - set(case.lora_rows()))
     for part in (0, 1):
         assert relative_error(got[part], expected[part]) <= 1e-5

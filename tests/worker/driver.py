@@ -48,7 +48,7 @@ class Driver:
         return cls(ModelRunner(model, config, cache, pool), free)
 
     def add(self, prompt: list[int], generation: int = 0, sampling: SamplingParams = GREEDY, seed: int = 0) -> Sequence:
-        sequence = Sequence(self.num_made, list(prompt), len(prompt), sampling, seed, generation)
+        sequence = Sequence(self.num_made, list(prompt), len(prompt), sampling, seed, generation, generation)
         self.num_made += 1
         self.samples[sequence.sequence_id] = []
         return sequence

@@ -139,17 +139,15 @@ class FakePool:
         self.wait_for_steps: Callable[[], None] = lambda: None
         self.overwrite: Callable[[int], None] = lambda chunk: None  # told of each chunk that is written
 
-    def upload(
-        self, generation: int, packed: FakePacked, chunk_ids: tuple[int, ...], behind_steps: bool = True
-    ) -> None:
+    def upload(self, number: int, packed: FakePacked, chunk_ids: tuple[int, ...], behind_steps: bool = True) -> None:
         if self.broken:
             raise MemoryError
-        assert generation not in self.contents and len(chunk_ids) == len(packed.chunks)
+        assert number not in self.contents and len(chunk_ids) == len(packed.chunks)
         assert not self.chunks.keys() & set(chunk_ids)
         if behind_steps:
             self.wait_for_steps()
-        self.contents[generation] = packed.digest
-        self.chunks |= dict.fromkeys(chunk_ids, generation)
+        self.contents[number] = packed.digest
+        self.chunks |= dict.fromkeys(chunk_ids, number)
         self.memory |= dict.fromkeys(chunk_ids, packed.digest)
         for chunk in chunk_ids:
             self.overwrite(chunk)
@@ -157,21 +155,21 @@ class FakePool:
     def note_done(self) -> None:
         pass
 
-    def is_ready(self, generation: int) -> bool:
-        return generation in self.contents and not self.slow
+    def is_ready(self, number: int) -> bool:
+        return number in self.contents and not self.slow
 
-    def remove(self, generation: int) -> None:
-        del self.contents[generation]
-        self.chunks = {chunk: owner for chunk, owner in self.chunks.items() if owner != generation}
+    def remove(self, number: int) -> None:
+        del self.contents[number]
+        self.chunks = {chunk: owner for chunk, owner in self.chunks.items() if owner != number}
 
-    def chunk_ids(self, generation: int) -> list[int]:
+    def chunk_ids(self, number: int) -> list[int]:
         """Of a resident adapter."""
-        assert generation in self.contents, "an adapter that is not there"
-        return [chunk for chunk, owner in self.chunks.items() if owner == generation]
+        assert number in self.contents, "an adapter that is not there"
+        return [chunk for chunk, owner in self.chunks.items() if owner == number]
 
-    def parts(self, generation: int) -> list[tuple[list[int], float]]:
+    def parts(self, number: int) -> list[tuple[list[int], float]]:
         """Chunks and weights of a resident adapter or mix; none: the base model."""
-        members = self.mixes.get(generation) or ([(generation, 1.0)] if generation else [])
+        members = self.mixes.get(number) or ([(number, 1.0)] if number else [])
         return [(self.chunk_ids(member), weight) for member, weight in members]
 
 
@@ -211,7 +209,7 @@ class FakeStep:
             scheduled.end,
             known,
             list(sequence.block_table),
-            self.runner.pool.parts(sequence.generation),
+            self.runner.pool.parts(sequence.content),
             scheduled.samples,
         )
 
@@ -427,7 +425,7 @@ class Harness:
             self.check()
         else:
             raise AssertionError("sequences are left that never finish")
-        pinned = sum(a.num_chunks for a in self.cache.adapters() if a.pinned and a.chunk_ids)
+        pinned = sum(c.num_chunks for c in {a.content for a in self.cache.adapters() if a.pinned} if c.chunk_ids)
         in_arena = (
             (self.arena.num_pages - pinned) * self.arena.blocks_per_page if self.arena else self.blocks.num_blocks
         )
@@ -437,7 +435,7 @@ class Harness:
         self.scheduler.check_integrity()
         self.cache.check_integrity()
         assert not self.has_fake_pool or set(self.pool.contents) == {
-            a.generation for a in self.cache.adapters() if a.chunk_ids
+            a.content.number for a in self.cache.adapters() if a.on_device
         }
         assert set(self.adapters._host) == {a.generation for a in self.cache.adapters() if a.in_host}
 

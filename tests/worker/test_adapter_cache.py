@@ -5,17 +5,18 @@ from hypothesis import strategies as st
 
 from protocol.errors import ErrorCode
 from protocol.messages import AdapterState
-from worker.adapter import Adapter
+from worker.adapter import Adapter, Content
 from worker.adapter_cache import AdapterCache
 
 
 def publish(
-    cache: AdapterCache, name: str, num_chunks: int = 1, pinned: bool = False
+    cache: AdapterCache, name: str, num_chunks: int = 1, pinned: bool = False, digest: str = ""
 ) -> tuple[Adapter, Adapter | None]:
-    assert cache.check(name, num_chunks * 16, num_chunks, pinned) is None
+    digest = digest or f"of {name}, {num_chunks} chunks"
+    assert cache.check(name, digest, num_chunks * 16, num_chunks, pinned) is None
     return cache.publish(
         name,
-        digest=name,
+        digest=digest,
         source=name,
         rank=num_chunks * 16,
         modules=("q_proj",),
@@ -31,10 +32,10 @@ def cache_of(num_chunks: int = 4, max_per_batch: int = 3, max_loaded: int = 4, p
     return AdapterCache(num_chunks=num_chunks, max_per_batch=max_per_batch, max_loaded=max_loaded, policy=policy)
 
 
-def use(cache: AdapterCache, adapter: Adapter) -> list[Adapter]:
-    victims: list[Adapter] = []
-    cache.on_evict = victims.append
-    assert adapter.chunk_ids or cache.place(adapter)
+def use(cache: AdapterCache, adapter: Adapter) -> list[Content]:
+    victims: list[Content] = []
+    cache.on_leave = victims.append
+    assert adapter.on_device or cache.place(adapter.content)
     cache.retain(adapter)
     cache.hold(adapter)
     return victims
@@ -49,23 +50,23 @@ def test_pins_leave_one_place_and_the_error_names_the_flag() -> None:
     cache = cache_of(num_chunks=8)
     publish(cache, "a", pinned=True)
     publish(cache, "b", pinned=True)
-    error = cache.check("c", 16, 1, True)
+    error = cache.check("c", "new", 16, 1, True)
     assert error is not None and error.code is ErrorCode.ADAPTER_LIMIT
     assert "--max-loras-per-batch" in error.message and "2" in error.message
-    assert cache.check("a", 16, 1, True) is None, "replacing a pinned adapter by a pinned one is no more"
-    assert cache.check("c", 16, 1, False) is None
+    assert cache.check("a", "new", 16, 1, True) is None, "replacing a pinned adapter by a pinned one is no more"
+    assert cache.check("c", "new", 16, 1, False) is None
 
 
 def test_what_could_never_come_to_the_device_is_refused() -> None:
     cache = cache_of(num_chunks=4)
-    assert cache.check("a", 80, 5, False) is not None
+    assert cache.check("a", "new", 80, 5, False) is not None
     publish(cache, "a", 4)
-    error = cache.check("b", 16, 1, True)
+    error = cache.check("b", "new", 16, 1, True)
     assert error is not None and "pool of 4" in error.message
     cache.withdraw("a")
     publish(cache, "b", 1, pinned=True)
-    assert cache.check("a", 64, 4, False) is not None
-    assert cache.check("a", 48, 3, False) is None
+    assert cache.check("a", "new", 64, 4, False) is not None
+    assert cache.check("a", "new", 48, 3, False) is None
 
 
 def test_lru_and_fifo_choose_their_victims() -> None:
@@ -75,7 +76,7 @@ def test_lru_and_fifo_choose_their_victims() -> None:
         for adapter in (a, b, a):
             use(cache, adapter)
             finish(cache, adapter)
-        assert [v.name for v in use(cache, c)] == [victim]
+        assert use(cache, c) == [{"a": a, "b": b}[victim].content]
         cache.check_integrity()
 
 
@@ -86,26 +87,27 @@ def test_idle_adapters_that_a_sequence_waits_for_leave_last() -> None:
         use(cache, adapter)
         finish(cache, adapter)
     cache.retain(a)
-    assert [v.name for v in use(cache, d)] == ["b"]
+    assert use(cache, d) == [b.content]
     finish(cache, d)
     cache.let_go(a)
-    assert [v.name for v in use(cache, b)] == ["a"], "and when it waits no longer, it is the oldest again"
+    assert use(cache, b) == [a.content], "and when it waits no longer, it is the oldest again"
     cache.check_integrity()
 
 
 def test_running_and_pinned_adapters_stay() -> None:
     cache = cache_of(num_chunks=2)
     a, b, c = publish(cache, "a", pinned=True)[0], publish(cache, "b")[0], publish(cache, "c")[0]
-    assert cache.place(a)
+    assert cache.place(a.content)
     use(cache, b)
-    assert not cache.place(c) and not cache.has_room(c)
+    assert not cache.place(c.content) and not cache.has_room(c.content)
     finish(cache, b)
-    assert cache.place(c) and not b.chunk_ids and a.chunk_ids
+    assert cache.place(c.content) and not b.on_device and a.on_device
     cache.check_integrity()
 
 
 def repin(cache: AdapterCache, adapter: Adapter, pinned: bool) -> bool:
-    if pinned and cache.check(adapter.name, adapter.rank, adapter.num_chunks, True, repinned=adapter) is not None:
+    content = adapter.content
+    if pinned and cache.check(adapter.name, content.digest, content.rank, content.num_chunks, True, repins=True):
         return False
     cache.set_pinned(adapter, pinned)
     return True
@@ -150,22 +152,22 @@ def test_host_memory_keeps_pinned_and_recent_ones_and_prefers_to_drop_the_unwant
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 5), st.integers(1, 3), st.booleans()), max_size=60))
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 5), st.integers(0, 5), st.booleans()), max_size=60))
 def test_any_history_keeps_the_books(history: list[tuple[int, int, int, bool]]) -> None:
     cache = cache_of(num_chunks=5, max_loaded=3)
     running: list[Adapter] = []
-    for action, which, num_chunks, pinned in history:
-        name = f"n{which}"
+    for action, which, content, pinned in history:
+        name, digest, num_chunks = f"n{which}", f"c{content}", 1 + content % 3
         named = cache.named(name)
         if action <= 1:
-            if cache.check(name, num_chunks * 16, num_chunks, pinned) is None:
-                cache.host.add(publish(cache, name, num_chunks, pinned)[0])
+            if cache.check(name, digest, num_chunks * 16, num_chunks, pinned) is None:
+                cache.host.add(publish(cache, name, num_chunks, pinned, digest)[0])
         elif action == 2:
             cache.withdraw(name)
         elif action == 3 and named is not None:
             repin(cache, named, pinned)
         elif action <= 5 and named is not None:
-            if named.chunk_ids or cache.place(named):
+            if named.on_device or cache.place(named.content):
                 use(cache, named)
                 running.append(named)
         elif running:

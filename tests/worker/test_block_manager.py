@@ -134,3 +134,8 @@ def test_every_block_found_holds_what_was_asked(history: list, hash_block: objec
         blocks.free(seq)
     blocks.check_integrity([])
     assert blocks.num_free == 10
+
+
+def test_adapters_in_a_memory_of_their_own_take_none_of_this_one() -> None:
+    """Counted in, they would keep a sequence waiting whose blocks are all free: for ever."""
+    assert BlockManager(6, 4).num_free_beside(3) == 6

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.adapter import Adapter
+from worker.adapter import Adapter, Content
 from worker.host_tier import HostTier
 
 NUM_ADAPTERS = 8
@@ -14,15 +14,19 @@ STEPS = st.lists(
 )
 
 
+def content(number: int) -> Content:
+    num_chunks = 1 + number % 4
+    return Content(
+        number=number, digest=f"{number}", rank=16, modules=(), num_bytes=64, stored_bytes=32, num_chunks=num_chunks
+    )
+
+
 def adapters() -> list[Adapter]:
     """Of 1 to 4 chunks."""
     return [
-        Adapter(
-            generation=number, name=f"a{number}", digest=f"{number}", source="", rank=16, modules=(), num_bytes=64,
-            stored_bytes=32, num_chunks=1 + number % 4, pinned=False, created=0,
-        )
+        Adapter(generation=number, name=f"a{number}", content=content(number), source="", pinned=False, created=0)
         for number in range(NUM_ADAPTERS)
-    ]  # fmt: skip
+    ]
 
 
 @given(steps=STEPS, max_adapters=st.integers(3, 8), max_chunks=st.integers(1, 20))

@@ -89,10 +89,10 @@ def test_an_adapter_of_the_8b_costs_80_mib_for_each_16_of_its_rank_whatever_the_
     cache = AdapterCache(num_chunks=found.max_chunks, max_per_batch=8, max_loaded=64, arena=Arena(found.num_pages, 10))
     for number in range(64):
         adapter, _ = cache.publish(
-            f"a{number}", digest="", source="", rank=16, modules=(), num_bytes=chunk_bytes, stored_bytes=0,
+            f"a{number}", digest=f"{number}", source="", rank=16, modules=(), num_bytes=chunk_bytes, stored_bytes=0,
             num_chunks=ChunkLayout.num_chunks(16), pinned=False, created=0,
         )  # fmt: skip
-        assert cache.place(adapter)
+        assert cache.place(adapter.content)
     memory = cache.memory(chunk_bytes, 0)
     assert (memory.chunks_total - memory.chunks_free) * page_bytes == 64 * (80 << 20)
 

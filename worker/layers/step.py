@@ -30,3 +30,4 @@ class Step:
     kv_layers: tuple[Tensor, ...]  # of the KV cache, each [num_blocks, 2, num_kv_heads, block_size, head_dim]
     lora: Lora | None  # None: no row has an adapter in the layers, and nothing of LoRA runs there
     edges: Edges | None = None  # rows whose adapter changes the embeddings
+    has_answers: bool = False  # whether there are sequences of one row: then adapters' rows are in small tiles alone

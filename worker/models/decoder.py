@@ -48,8 +48,9 @@ class Attention:
         num_tokens, cache = x.shape[0], step.kv_layers[self.layer]
         qkv, delta = self.qkv_proj.with_delta(x, step.lora)
         self._ops.rotary_store_kv(
-            qkv, cos, signed_sin, cache, step.slot_mapping, self.num_heads, self.head_norms, self.eps, delta
-        )
+            qkv, cos, signed_sin, cache, step.slot_mapping, self.num_heads, self.head_norms, self.eps, delta,
+            step.has_answers,
+        )  # fmt: skip
         q = qkv[:, : self.q_size].view(num_tokens, self.num_heads, self.head_dim)
         out = self._ops.paged_attention(q, cache, step.attention, self.head_dim**-0.5)
         return self.o_proj(out.view(num_tokens, -1), residual, step.lora)
