@@ -55,7 +55,7 @@ class Fleet:
     """All workers. They serve one model: one with another model than the first that answered gets no work."""
 
     def __init__(self, endpoints: Collection[str], build: str = "", quotas: Quotas | None = None) -> None:
-        self._quotas = quotas or Quotas(0, 0)
+        self._quotas = quotas or Quotas()
         gateway_id = os.urandom(16)
         self.workers = [WorkerClient(endpoint, gateway_id, build) for endpoint in endpoints]
 
