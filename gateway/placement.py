@@ -6,6 +6,8 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import msgspec
+
 from gateway.errors import invalid, model_not_found, overloaded, unavailable
 from gateway.mixes import Adapter, Mix, names_of
 from gateway.model_text import ModelText
@@ -153,11 +155,20 @@ class Fleet:
     async def unload(
         self, name: str, timeout_ms: int, force: bool = False, expected_generation: int | None = None
     ) -> AdapterReply:
-        """Unloads an adapter from every worker that has it; the reply is the first that failed, or one of them."""
+        """Unloads an adapter from every worker that has it; the reply is the first that failed, or one of them.
+
+        What is unfinished in it is so on all of them together.
+        """
         ready = self._require_ready()
         ready = [worker for worker in ready if name in worker.adapters] or ready
         unloads = (worker.unload_adapter(name, timeout_ms, force, expected_generation) for worker in ready)
-        return _worst(await asyncio.gather(*unloads))
+        replies = await asyncio.gather(*unloads)
+        worst = _worst(replies)
+        if worst.usage is None:
+            return worst
+        num_unfinished = sum(reply.usage.num_unfinished for reply in replies if reply.usage is not None)
+        usage = msgspec.structs.replace(worst.usage, num_unfinished=num_unfinished)
+        return msgspec.structs.replace(worst, usage=usage)
 
     async def list_adapters(self, name: str | None = None) -> list[tuple[int, list[AdapterEntry], AdapterMemory]]:
         """What each worker has, with the worker's number; a 503 if none answers."""
