@@ -284,8 +284,10 @@ def _check_adapters(config: WorkerConfig) -> None:
     limit = config.max_loras_per_batch - 1
     if sum(spec.pinned for spec in config.lora_paths) > limit:
         raise ConfigError(f"--lora-paths: at most --max-loras-per-batch minus one = {limit} adapters may be pinned")
-    if config.adapter_resolver is not None and not Path(config.adapter_resolver).is_dir():
-        raise ConfigError(f"--adapter-resolver {config.adapter_resolver}: no such directory")
+    resolver = [] if config.adapter_resolver is None else [("--adapter-resolver", config.adapter_resolver)]
+    for flag, directory in [*(("--adapter-root", root) for root in config.adapter_root), *resolver]:
+        if not Path(directory).is_dir():
+            raise ConfigError(f"{flag} {directory}: no such directory")
     taken = set(config.served_model_name)
     for spec in config.lora_paths:
         _check_spec(spec, taken)
