@@ -101,6 +101,7 @@ def test_directories_of_adapters_must_be_there(flag: str, tmp_path: Path) -> Non
         (["--max-running-requests", "0"], "--max-running-requests"),
         (["--context-length", "1"], "--context-length"),
         (["--shutdown-grace", "-1"], "--shutdown-grace"),
+        (["--req-waiting-timeout", "-1"], "--req-waiting-timeout must be 0 to 86400 seconds"),
         (["--schedule-policy", "lpm"], "--schedule-policy"),
         (["--adapter-weights", "a=2", "b"], "--adapter-weights: 'b'"),
         (["--adapter-weights", "a=0"], "0.01 to 100"),
