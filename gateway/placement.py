@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from gateway.errors import invalid, model_not_found, overloaded, unavailable
+from gateway.errors import ApiError, UnknownAdapter, invalid, model_not_found, overloaded, unavailable
+from gateway.lost_names import LostNames
 from gateway.mixes import Adapter, Mix, names_of
 from gateway.model_text import ModelText
 from gateway.quotas import Quotas
@@ -58,8 +59,9 @@ class Fleet:
 
     def __init__(self, endpoints: Collection[str], build: str = "", quotas: Quotas | None = None) -> None:
         self._quotas = quotas or Quotas()
+        self._lost = LostNames()
         gateway_id = os.urandom(16)
-        self.workers = [WorkerClient(endpoint, gateway_id, build) for endpoint in endpoints]
+        self.workers = [WorkerClient(endpoint, gateway_id, build, self._lost) for endpoint in endpoints]
 
     def start(self) -> None:
         """Connects; returns at once."""
@@ -109,6 +111,20 @@ class Fleet:
             for name, info in worker.adapters.items():
                 found.setdefault(name, info)
         return found
+
+    def why_missing(self, unknown: UnknownAdapter) -> ApiError:
+        """The 404 of a name that never was or was unloaded; a 503 if it went with a worker, for it may come again."""
+        name = unknown.adapter
+        if any(name in worker.adapters for worker in self.workers if not worker.ready):
+            failure = unavailable(f"The worker that has the adapter {name!r} does not answer; try again shortly.")
+        elif name in self._lost:
+            failure = unavailable(
+                f"The worker that had the adapter {name!r} was started again; load the adapter again."
+            )
+        else:
+            return unknown
+        failure.param = unknown.param
+        return failure
 
     def admit(self, adapters: Collection[Adapter], num_sequences: int, again: bool = False) -> Lease:
         """Reserves a place for the sequences on the least loaded worker that has all the adapters.
@@ -160,6 +176,9 @@ class Fleet:
         What is unfinished in it is so on all of them together.
         """
         ready = self._require_ready()
+        self._lost.forget(name)
+        for worker in self.workers:
+            worker.forget_if_lost(name)
         ready = [worker for worker in ready if name in worker.adapters] or ready
         unloads = (worker.unload_adapter(name, timeout_ms, force, expected_generation) for worker in ready)
         replies = await asyncio.gather(*unloads)
