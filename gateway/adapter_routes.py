@@ -1,6 +1,7 @@
 """The routes that load and unload adapters, in SGLang's and in vLLM's shape. For administrators."""
 
 from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -11,6 +12,8 @@ from gateway.registry import check_adapter_name
 from gateway.schemas import LoadRequest, UnloadRequest, body_decoder
 from gateway.state import Gateway, gateway_of, read_json
 
+T = TypeVar("T")
+
 _decode_load = body_decoder(LoadRequest)
 _decode_unload = body_decoder(UnloadRequest)
 
@@ -19,7 +22,7 @@ async def load_sglang(request: Request) -> Response:
     """POST /load_lora_adapter."""
     gateway = gateway_of(request)
     fields = _decode_load(await read_json(request))
-    failure = await _attempt(_load(gateway, fields, replace=False))
+    _, failure = await _attempt(_load(gateway, fields, replace=False))
     return _sglang_reply(gateway, failure)
 
 
@@ -27,8 +30,8 @@ async def unload_sglang(request: Request) -> Response:
     """POST /unload_lora_adapter."""
     gateway = gateway_of(request)
     fields = _decode_unload(await read_json(request))
-    failure = await _attempt(_unload(gateway, fields.lora_name))
-    return _sglang_reply(gateway, failure)
+    still_runs, failure = await _attempt(_unload(gateway, fields.lora_name))
+    return _sglang_reply(gateway, failure, still_runs)
 
 
 async def load_vllm(request: Request) -> Response:
@@ -43,8 +46,9 @@ async def unload_vllm(request: Request) -> Response:
     """POST /v1/unload_lora_adapter."""
     gateway = gateway_of(request)
     fields = _decode_unload(await read_json(request))
-    await _unload(gateway, fields.lora_name)
-    return PlainTextResponse(f"Success: LoRA adapter '{fields.lora_name}' removed successfully.")
+    still_runs = await _unload(gateway, fields.lora_name)
+    removed = f"Success: LoRA adapter '{fields.lora_name}' removed successfully."
+    return PlainTextResponse(f"{removed} {still_runs}" if still_runs else removed)
 
 
 async def _load(gateway: Gateway, fields: LoadRequest, *, replace: bool) -> None:
@@ -56,30 +60,37 @@ async def _load(gateway: Gateway, fields: LoadRequest, *, replace: bool) -> None
         raise from_worker(reply.error)
 
 
-async def _unload(gateway: Gateway, name: str) -> None:
+async def _unload(gateway: Gateway, name: str) -> str | None:
+    """Takes the name away; what is to be said of its sequences if some are left when the time is up."""
     check_adapter_name(name)
     reply = await gateway.fleet.unload(name, int(gateway.config.unload_timeout_s * 1000))
     if reply.error is not None:
         raise from_worker(reply.error)
+    left = reply.usage.num_unfinished if reply.usage is not None else 0
+    if not left:
+        return None
+    runs, ends = ("runs", "it ends") if left == 1 else ("run", "they end")
+    return f"{left} of its sequences still {runs}; its memory is freed when {ends}."
 
 
-async def _attempt(work: Coroutine[None, None, None]) -> ApiError | None:
-    """The failure that the caller made; one of ours goes on as what it is."""
+async def _attempt(work: Coroutine[None, None, T]) -> tuple[T | None, ApiError | None]:
+    """What came of it, or the failure that the caller made; one of ours goes on as what it is."""
     try:
-        await work
+        return await work, None
     except ApiError as error:
         if error.status < 429:
-            return error
+            return None, error
         raise
-    return None
 
 
-def _sglang_reply(gateway: Gateway, failure: ApiError | None) -> Response:
-    """SGLang answers every failure with a 400, and always tells what is loaded."""
+def _sglang_reply(gateway: Gateway, failure: ApiError | None, message: str | None = None) -> Response:
+    """SGLang answers every failure with a 400, and always tells what is loaded. message: what else is to be said."""
     loaded = {name: adapter.source for name, adapter in gateway.fleet.adapters().items()}
-    body = {
+    body: dict[str, Any] = {
         "success": failure is None,
         "error_message": failure.message if failure else "",
         "loaded_adapters": loaded,
     }
+    if message is not None:  # not as error_message, by which some tell success
+        body["message"] = message
     return json_response(body, 200 if failure is None else 400)

@@ -81,6 +81,8 @@ ROUTES.append(Route("/openapi.json", openapi))
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    if isinstance(error, UnknownAdapter):
+        error = gateway_of(request).fleet.why_missing(error)
     return error_response(error)
 
 

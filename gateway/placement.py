@@ -6,7 +6,10 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from gateway.errors import invalid, model_not_found, overloaded, unavailable
+import msgspec
+
+from gateway.errors import ApiError, UnknownAdapter, invalid, model_not_found, overloaded, unavailable
+from gateway.lost_names import LostNames
 from gateway.mixes import Adapter, Mix, names_of
 from gateway.model_text import ModelText
 from gateway.quotas import Quotas
@@ -55,9 +58,10 @@ class Fleet:
     """All workers. They serve one model: one with another model than the first that answered gets no work."""
 
     def __init__(self, endpoints: Collection[str], build: str = "", quotas: Quotas | None = None) -> None:
-        self._quotas = quotas or Quotas(0, 0)
+        self._quotas = quotas or Quotas()
+        self._lost = LostNames()
         gateway_id = os.urandom(16)
-        self.workers = [WorkerClient(endpoint, gateway_id, build) for endpoint in endpoints]
+        self.workers = [WorkerClient(endpoint, gateway_id, build, self._lost) for endpoint in endpoints]
 
     def start(self) -> None:
         """Connects; returns at once."""
@@ -108,6 +112,20 @@ class Fleet:
                 found.setdefault(name, info)
         return found
 
+    def why_missing(self, unknown: UnknownAdapter) -> ApiError:
+        """The 404 of a name that never was or was unloaded; a 503 if it went with a worker, for it may come again."""
+        name = unknown.adapter
+        if any(name in worker.adapters for worker in self.workers if not worker.ready):
+            failure = unavailable(f"The worker that has the adapter {name!r} does not answer; try again shortly.")
+        elif name in self._lost:
+            failure = unavailable(
+                f"The worker that had the adapter {name!r} was started again; load the adapter again."
+            )
+        else:
+            return unknown
+        failure.param = unknown.param
+        return failure
+
     def admit(self, adapters: Collection[Adapter], num_sequences: int, again: bool = False) -> Lease:
         """Reserves a place for the sequences on the least loaded worker that has all the adapters.
 
@@ -153,11 +171,23 @@ class Fleet:
     async def unload(
         self, name: str, timeout_ms: int, force: bool = False, expected_generation: int | None = None
     ) -> AdapterReply:
-        """Unloads an adapter from every worker that has it; the reply is the first that failed, or one of them."""
+        """Unloads an adapter from every worker that has it; the reply is the first that failed, or one of them.
+
+        What is unfinished in it is so on all of them together.
+        """
         ready = self._require_ready()
+        self._lost.forget(name)
+        for worker in self.workers:
+            worker.forget_if_lost(name)
         ready = [worker for worker in ready if name in worker.adapters] or ready
         unloads = (worker.unload_adapter(name, timeout_ms, force, expected_generation) for worker in ready)
-        return _worst(await asyncio.gather(*unloads))
+        replies = await asyncio.gather(*unloads)
+        worst = _worst(replies)
+        if worst.usage is None:
+            return worst
+        num_unfinished = sum(reply.usage.num_unfinished for reply in replies if reply.usage is not None)
+        usage = msgspec.structs.replace(worst.usage, num_unfinished=num_unfinished)
+        return msgspec.structs.replace(worst, usage=usage)
 
     async def list_adapters(self, name: str | None = None) -> list[tuple[int, list[AdapterEntry], AdapterMemory]]:
         """What each worker has, with the worker's number; a 503 if none answers."""

@@ -8,6 +8,7 @@ import random
 
 import zmq
 
+from gateway.lost_names import LostNames
 from gateway.model_text import ModelText
 from gateway.session import Session, SessionLost
 from protocol import (
@@ -58,7 +59,10 @@ _lost_worker = Error(ErrorCode.WORKER_LOST, "The connection to the worker was lo
 class WorkerClient:
     """One worker as the gateway sees it. What it knows of the worker stays readable while the connection is down."""
 
-    def __init__(self, endpoint: str, gateway_id: bytes | None = None, build: str = "") -> None:
+    def __init__(
+        self, endpoint: str, gateway_id: bytes | None = None, build: str = "", lost: LostNames | None = None
+    ) -> None:
+        """lost: where it says which adapters a worker that was started again has no more."""
         self.endpoint = endpoint
         self._hello = Hello(
             protocol_min=PROTOCOL_MIN_VERSION,
@@ -69,6 +73,8 @@ class WorkerClient:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._task: asyncio.Task[None] | None = None
         self._number = 0
+        self._epoch = b""
+        self._lost = lost or LostNames()
         self._files: list[FileInfo] = []
         self.session: Session | None = None  # set while the worker may be given work
         self.model: ModelCard | None = None
@@ -139,7 +145,7 @@ class WorkerClient:
             welcome = await session.welcome
         if not PROTOCOL_MIN_VERSION <= welcome.protocol <= PROTOCOL_VERSION:
             raise SessionLost(f"the worker speaks protocol {welcome.protocol}")
-        self.adapters = {info.name: info for info in welcome.adapters if info.state is AdapterState.READY}
+        self._set_adapters(welcome)
         self.status = welcome.status
         fetching = asyncio.create_task(self._fetch_text(session, welcome))
         try:  # the lease must not run out while large files travel
@@ -150,6 +156,13 @@ class WorkerClient:
         finally:
             fetching.cancel()
         self.model = welcome.model
+
+    def _set_adapters(self, welcome: Welcome) -> None:
+        adapters = {info.name: info for info in welcome.adapters if info.state is AdapterState.READY}
+        if welcome.worker != self._epoch:  # else what is missing was unloaded while we did not listen
+            self._lost.add(name for name in self.adapters if name not in adapters)
+        self._lost.forget(*adapters)
+        self._epoch, self.adapters = welcome.worker, adapters
 
     async def _keep_alive(self, session: Session) -> None:
         loop = asyncio.get_running_loop()
@@ -179,6 +192,7 @@ class WorkerClient:
                 logger.warning("worker %s: an event out of place: %s", self.endpoint, type(event).__name__)
 
     def _on_adapter(self, info: AdapterInfo) -> None:
+        self._lost.forget(info.name)
         known = self.adapters.get(info.name)
         if info.state is AdapterState.READY:
             if known is None or known.generation <= info.generation:
@@ -255,6 +269,11 @@ class WorkerClient:
             expected_generation=expected_generation,
         )
         return await self._reply(session, command)
+
+    def forget_if_lost(self, name: str) -> None:
+        """An adapter is unloaded while there is no connection: should this worker be started again, none misses it."""
+        if self.session is None:
+            self.adapters.pop(name, None)
 
     async def list_adapters(self, name: str | None = None) -> tuple[list[AdapterEntry], AdapterMemory]:
         """What the worker has, of one name or of all. Raises SessionLost."""

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import os
 import queue
 import time
@@ -267,6 +268,7 @@ def _make_engine(
         max_prefill_tokens=base.target.chunked_prefill_size,
         max_adapters=config.max_loras_per_batch,
         max_overtake_s=config.lora_drain_wait_threshold,
+        max_waiting_s=config.req_waiting_timeout or math.inf,
         is_fair=config.schedule_policy == "vtc",
         weights={BASE_CLIENT if name in base.card.names else name: w for name, w in config.adapter_weights},
         prefill_budget=base.target.prefill_budget,

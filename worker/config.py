@@ -156,6 +156,10 @@ class WorkerConfig:
         None, "sequences in one step; others wait", type=int, default_text="256 on a GPU, 32 on the CPU"
     )
     max_queued_requests: int = _setting(2048, "unfinished sequences that one gateway may have; beyond it 429")
+    req_waiting_timeout: float = _setting(
+        600.0,  # what OpenAI's SDK gives a whole answer: who could still be served in time is never turned away
+        "seconds that a request may wait before its prompt is begun; then it is a 429. 0: as long as it takes",
+    )
     chunked_prefill_size: int | None = _setting(
         None,
         "prompt tokens in one step; on a GPU half as many beside up to 128 answers, and answers take the place of as"
@@ -262,6 +266,7 @@ def _check_numbers(config: WorkerConfig) -> None:
         ("lora_drain_wait_threshold", 3600.0),
         ("shutdown_grace", 3600.0),
         ("source_timeout", 86400.0),
+        ("req_waiting_timeout", 86400.0),
     ):
         if not 0 <= getattr(config, name) <= highest:
             raise ConfigError(f"{_flag(name)} must be 0 to {highest:g} seconds")
@@ -284,8 +289,10 @@ def _check_adapters(config: WorkerConfig) -> None:
     limit = config.max_loras_per_batch - 1
     if sum(spec.pinned for spec in config.lora_paths) > limit:
         raise ConfigError(f"--lora-paths: at most --max-loras-per-batch minus one = {limit} adapters may be pinned")
-    if config.adapter_resolver is not None and not Path(config.adapter_resolver).is_dir():
-        raise ConfigError(f"--adapter-resolver {config.adapter_resolver}: no such directory")
+    resolver = [] if config.adapter_resolver is None else [("--adapter-resolver", config.adapter_resolver)]
+    for flag, directory in [*(("--adapter-root", root) for root in config.adapter_root), *resolver]:
+        if not Path(directory).is_dir():
+            raise ConfigError(f"{flag} {directory}: no such directory")
     taken = set(config.served_model_name)
     for spec in config.lora_paths:
         _check_spec(spec, taken)

@@ -107,6 +107,8 @@ class Engine:
             pass
         self._adapters.expire()
         self._apply_failures()
+        for sequence in self._scheduler.overdue():
+            self._end(sequence, self._scheduler.too_busy)
 
     def _idle_s(self) -> float | None:
         times = [t for t in (self._adapters.next_deadline_s, self._stop_at_s) if t is not None]

@@ -20,7 +20,7 @@ bytes: it falls behind for as long as Turns says, and then comes first.
 
 import math
 from bisect import bisect_left, insort
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -74,6 +74,7 @@ class FairQueue:
         self._weights = weights
         self._long_prompt = long_prompt
         self._num_waiting = 0
+        self._unstarted: OrderedDict[int, Sequence] = OrderedDict()  # by arrival, whatever leaves from its middle
         self._lines: dict[tuple[int, bool], Line] = {}
         self._lines_of: defaultdict[int, list[Line]] = defaultdict(list)  # by adapter
         self._open: set[int] = set()  # generations in the running batch
@@ -93,6 +94,10 @@ class FairQueue:
         """The adapters that something waits for."""
         return set(self._lines_of)
 
+    def unstarted(self) -> Iterator[Sequence]:
+        """Those that never ran, by arrival."""
+        return iter(self._unstarted.values())
+
     def add(self, sequence: Sequence) -> None:
         """Its place is that of its arrival, also if it ran before."""
         client, key = sequence.client, self._key(sequence)
@@ -106,6 +111,8 @@ class FairQueue:
         insort(line.sequences, sequence, key=_arrival)
         self._backlog[client] += 1
         self._num_waiting += 1
+        if not sequence.num_preemptions:
+            self._unstarted[sequence.sequence_id] = sequence
         if line.sequences[0] is sequence:
             self._push(line)
 
@@ -116,6 +123,7 @@ class FairQueue:
         index = bisect_left(line.sequences, sequence.sequence_id, key=_arrival)
         assert line.sequences[index] is sequence
         del line.sequences[index]
+        self._unstarted.pop(sequence.sequence_id, None)
         self._num_waiting -= 1
         self._backlog[line.client] -= 1
         if not self._backlog[line.client]:
@@ -252,6 +260,7 @@ class FairQueue:
         assert all(kind is self.kind(line) and is_long is line.is_long for kind, is_long, line in entries)
         assert self._num_waiting == sum(len(line.sequences) for line in self._lines.values())
         assert self._backlog == Counter(sequence.client for sequence in self)
+        assert list(self._unstarted) == sorted(s.sequence_id for s in self if not s.num_preemptions)
         assert {id(line) for lines in self._lines_of.values() for line in lines} == {
             id(line) for line in self._lines.values() if line.adapters
         }

@@ -10,11 +10,13 @@ The plan runs ahead of the tokens: a sequence whose newest token is pending is p
 hands at once, for what is launched later runs later.
 """
 
+import math
 import time
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Mapping
 from enum import Enum, auto
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Protocol
 
@@ -67,6 +69,7 @@ class Scheduler:
         max_prefill_tokens: int,
         max_adapters: int,
         max_overtake_s: float,
+        max_waiting_s: float = math.inf,
         is_fair: bool = True,
         weights: Mapping[str, float] = MappingProxyType({}),
         prefill_budget: Callable[[int], int] | None = None,
@@ -76,7 +79,7 @@ class Scheduler:
 
         prefill_budget: of a step with so many answers, above 0, where it is not max_prefill_tokens for all.
         max_overtake_s: how long, from its arrival, others may freely pass one that waits for a place among the
-        adapters. is_fair, weights: see FairQueue.
+        adapters. max_waiting_s: see overdue. is_fair, weights: see FairQueue.
         """
         self.waiting = FairQueue(is_fair=is_fair, weights=weights, long_prompt=max_prefill_tokens // 2)
         self.running: list[Sequence] = []  # by arrival
@@ -90,6 +93,9 @@ class Scheduler:
         self._max_adapters = max_adapters
         self._quantum = _QUANTUM_STEPS * max_prefill_tokens if is_fair else 0.0
         self._max_overtake_s = max_overtake_s
+        self._max_waiting_s = max_waiting_s
+        message = f"the request was not begun within {max_waiting_s:g} s, as long as one may wait; try again later"
+        self.too_busy = Error(ErrorCode.OVERLOADED, message)  # what an overdue sequence ends with
         self._clock = clock
         self._in_step: Counter[int] = Counter()  # running sequences of each adapter generation
         self._has_preempted = False  # in the step that is being planned
@@ -108,6 +114,11 @@ class Scheduler:
         self.waiting.add(sequence)
         self._may_prefetch = True
         return None
+
+    def overdue(self) -> list[Sequence]:
+        """Those that never ran and have waited max_waiting_s. One that ran and was preempted comes to its end."""
+        latest_s = self._clock() - self._max_waiting_s
+        return list(takewhile(lambda sequence: sequence.arrival_s <= latest_s, self.waiting.unstarted()))
 
     def schedule(self) -> list[ScheduledSequence]:
         """The next step: answers first, then running prompts, then new sequences. Their blocks are allocated."""

@@ -55,6 +55,7 @@ def write_adapter(
 def tiny_server(root: Path, *options: str) -> Iterator[httpx.Client]:
     """A client of a server whose adapter root is root/adapters and whose store lies in root/cache."""
     model = write_model(root / "model")
+    (root / "adapters").mkdir(exist_ok=True)
     environment = {"XDG_CACHE_HOME": str(root / "cache"), "OMP_NUM_THREADS": "1"}
     with mock.patch.dict(os.environ, environment):
         roots = ("--enable-lora", "--adapter-root", str(root / "adapters"))

@@ -1,6 +1,8 @@
 """The command line, and `serve` with a stand-in for the worker."""
 
+import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.config import GatewayConfig
+from gateway.config import GatewayConfig, add_options, config_from
+from gateway.quotas import Limit
 from tests.processes import ROOT, wait_for_port
 
 STAND_IN = "import runpy; runpy.run_module('tests.echo_worker', run_name='__main__')\n"
@@ -100,6 +103,7 @@ def test_a_worker_does_not_outlive_a_killed_gateway(path_with_worker: str, direc
         (["--worker-endpoint", "ipc:///x", "--max-bod", "1"], "unrecognized arguments"),
         (["--worker-endpoint", "ipc:///x", "--port", "70000"], "port must be"),
         (["--worker-endpoint", "ipc:///x", "--log-level", "loud"], "log_level must be"),
+        (["--worker-endpoint", "ipc:///x", "--adapter-rpm", "60", "gold"], "--adapter-rpm: 'gold' is neither N nor"),
     ],
 )
 def test_bad_options_of_the_gateway(options: list[str], said: str) -> None:
@@ -107,6 +111,38 @@ def test_bad_options_of_the_gateway(options: list[str], said: str) -> None:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert run.returncode == 2
     assert said in run.stderr
+
+
+def parsed(*options: str) -> GatewayConfig:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return config_from(parser.parse_args(options))
+
+
+def test_quotas_are_set_for_all_and_by_name() -> None:
+    config = parsed("--adapter-rpm", "60", "gold=600", "team/a:b=0", "--adapter-rpm", "free=10", "--adapter-tpm", "x=5")
+    assert config.adapter_rpm == Limit(60, {"gold": 600, "team/a:b": 0, "free": 10})
+    assert config.adapter_tpm == Limit(0, {"x": 5})
+    assert config.adapter_concurrency == Limit()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (["-1"], "'-1' is neither"),
+        (["1.5"], "'1.5' is neither"),
+        (["gold=many"], "'gold=many' is neither"),
+        (["=5"], "'=5' is neither"),
+        (["not ok=5"], "'not ok=5' is neither"),
+        (["60", "gold=1000001"], "'gold=1000001' is neither N nor NAME=N, N a number of 0 to 1000000"),
+        (["9" * 5000], "is neither"),
+        (["60", "70"], "'70' comes after another for all"),
+        (["gold=1", "gold=2"], "'gold=2' comes after another for gold"),
+    ],
+)
+def test_a_bad_quota_is_named(values: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^--adapter-concurrency: .*{re.escape(said)}"):
+        parsed("--adapter-concurrency", *values)
 
 
 def test_help_states_every_option_with_its_default() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from gateway.app import create_app
 from gateway.config import GatewayConfig
+from gateway.quotas import Limit
 from tests.echo_worker import digest_of, echo_tokens, mix_digest
 from tests.gateway.conftest import http_client, until_ready
 from tests.gateway.test_openai_routes import CHAT, COMPLETIONS, HI, TOKENIZER, chat_prompt, expected, post
@@ -162,7 +163,7 @@ async def test_a_mix_follows_a_replacement_and_ends_with_a_forced_unload(
 
 
 async def test_its_tokens_are_those_of_every_adapter_of_a_mix(echo: EchoProcess) -> None:
-    app = create_app(GatewayConfig(worker_endpoint=(echo.endpoint,), adapter_tpm=20))
+    app = create_app(GatewayConfig(worker_endpoint=(echo.endpoint,), adapter_tpm=Limit(20)))
     async with app.router.lifespan_context(app), http_client(app) as client:
         await until_ready(app)
         mix = [entry("lora0", 0.5), entry(OTHER, 0.5)]
@@ -173,7 +174,7 @@ async def test_its_tokens_are_those_of_every_adapter_of_a_mix(echo: EchoProcess)
 
 
 async def test_quotas_count_every_adapter_of_a_mix_and_metrics_one_label(echo: EchoProcess) -> None:
-    app = create_app(GatewayConfig(worker_endpoint=(echo.endpoint,), adapter_rpm=2))
+    app = create_app(GatewayConfig(worker_endpoint=(echo.endpoint,), adapter_rpm=Limit(2)))
     async with app.router.lifespan_context(app), http_client(app) as client:
         await until_ready(app)
         body = {"prompt": "hi", "max_tokens": 5}

@@ -2,15 +2,19 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from starlette.applications import Starlette
 
+from gateway.app import create_app
+from gateway.config import GatewayConfig
 from gateway.metrics import Metrics
+from tests.gateway.conftest import http_client, until_ready
 from tests.gateway.test_openai_routes import HI, TOKENIZER, expected, post
-from tests.processes import EchoProcess
+from tests.processes import EchoProcess, running
 
 
 async def test_generate_with_an_adapter_for_each_prompt(client: httpx.AsyncClient) -> None:
@@ -131,6 +135,41 @@ async def test_adapters_as_vllm_manages_them(client: httpx.AsyncClient) -> None:
     await post(client, "/v1/load_lora_adapter", 404, lora_name="m", lora_path="missing")
     await post(client, "/v1/load_lora_adapter", 400, lora_name="m", lora_path="bad")
     await post(client, "/v1/load_lora_adapter", 400, lora_name="m")
+
+
+async def test_an_unload_says_what_still_runs_when_its_time_is_up(directory: Path) -> None:
+    """In the peers' words as far as they go: the name is gone, and that is a success."""
+    for name in "ab":
+        (directory / name).mkdir()
+    with running(EchoProcess(directory / "a")) as one, running(EchoProcess(directory / "b")) as two:
+        app = create_app(GatewayConfig(worker_endpoint=(one.endpoint, two.endpoint), unload_timeout_s=0.05))
+        async with app.router.lifespan_context(app), http_client(app) as client:
+            await until_ready(app, 2)
+            one.do("delay", ms=20)
+            two.do("delay", ms=20)
+
+            async def while_streams_run(count: int, route: str) -> httpx.Response:
+                await post(client, "/load_lora_adapter", lora_name="n", lora_path="x")
+                body = {"model": "n", "prompt": "hi", "max_tokens": 4000, "ignore_eos": True}
+                streams = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(count)]
+                while one.do("stats")["running"] + two.do("stats")["running"] < count:
+                    await asyncio.sleep(0.01)
+                response = await client.post(route, json={"lora_name": "n"})
+                await post(client, "/v1/completions", 404, model="n", prompt="hi")
+                for stream in streams:
+                    stream.cancel()
+                for worker in (one, two):
+                    await asyncio.to_thread(worker.until, running=0)
+                return response
+
+            response = await while_streams_run(3, "/v1/unload_lora_adapter")
+            left = "3 of its sequences still run; its memory is freed when they end."
+            said = "Success: LoRA adapter 'n' removed successfully."
+            assert (response.status_code, response.text) == (200, f"{said} {left}")
+            response = await while_streams_run(1, "/unload_lora_adapter")
+            left = "1 of its sequences still runs; its memory is freed when it ends."
+            assert response.status_code == 200
+            assert response.json() == {"success": True, "error_message": "", "loaded_adapters": {}, "message": left}
 
 
 async def test_tokens_there_and_back(client: httpx.AsyncClient) -> None:

@@ -8,7 +8,7 @@ import pytest
 from gateway.app import create_app
 from gateway.config import GatewayConfig
 from gateway.errors import ApiError
-from gateway.quotas import MAX_IDLE, Quotas
+from gateway.quotas import MAX_IDLE, Limit, Quotas
 from tests.gateway.conftest import http_client, until_ready
 from tests.processes import EchoProcess
 
@@ -23,7 +23,7 @@ class Clock:
 
 def test_a_minute_refills_evenly_and_the_answer_says_when() -> None:
     clock = Clock()
-    quotas = Quotas(6, 0, clock=clock)
+    quotas = Quotas(Limit(6), clock=clock)
     for _ in range(6):
         quotas.enter(["a"])
     quotas.enter(["b"])
@@ -46,7 +46,7 @@ def test_a_minute_refills_evenly_and_the_answer_says_when() -> None:
 
 
 def test_running_requests_are_bounded_and_leave() -> None:
-    quotas = Quotas(0, 2)
+    quotas = Quotas(at_once=Limit(2))
     quotas.enter(["a"])
     quotas.enter(["a"])
     with pytest.raises(ApiError) as refused:
@@ -58,7 +58,7 @@ def test_running_requests_are_bounded_and_leave() -> None:
 
 def test_tokens_are_spent_as_they_come_and_what_is_owed_is_waited_for() -> None:
     clock = Clock()
-    quotas = Quotas(0, 0, 600, clock)
+    quotas = Quotas(tokens=Limit(600), clock=clock)
     quotas.enter(["a"])
     quotas.spend(["a"], 599)
     quotas.enter(["a", "b"])  # there is something left
@@ -82,7 +82,7 @@ def test_tokens_are_spent_as_they_come_and_what_is_owed_is_waited_for() -> None:
 
 def test_whoever_owes_tokens_is_remembered() -> None:
     clock = Clock()
-    quotas = Quotas(0, 0, 600, clock)
+    quotas = Quotas(tokens=Limit(600), clock=clock)
     quotas.enter(["owes"])
     quotas.spend(["owes"], 3000)
     quotas.leave(["owes"])
@@ -96,9 +96,49 @@ def test_whoever_owes_tokens_is_remembered() -> None:
     assert set(quotas._counts) == {"owes"}
 
 
+def test_a_name_may_have_a_limit_of_its_own_or_none() -> None:
+    clock = Clock()
+    per_minute, at_once, tokens = Limit(2, {"gold": 4, "free": 0}), Limit(9, {"gold": 3}), Limit(0, {"gold": 60})
+    quotas = Quotas(per_minute, at_once, tokens, clock)
+    for _ in range(3):
+        quotas.enter(["gold"])
+    with pytest.raises(ApiError, match="'gold' has 3 requests running"):
+        quotas.enter(["gold"])
+    quotas.leave(["gold"])
+    quotas.enter(["gold"])
+    quotas.leave(["gold"])
+    with pytest.raises(ApiError, match="limit of 4 requests a minute; try again in 15 s"):
+        quotas.enter(["gold"])
+    for _ in range(2):
+        quotas.enter(["other"])
+    with pytest.raises(ApiError, match="limit of 2 requests a minute; try again in 30 s"):
+        quotas.enter(["other"])
+    for _ in range(9):
+        quotas.enter(["free"])
+    with pytest.raises(ApiError, match="'free' has 9 requests running"):
+        quotas.enter(["free"])
+    quotas.spend(["gold", "other"], 90)
+    clock.now = 30.0  # of gold's tokens, 30 were owed
+    with pytest.raises(ApiError, match="'gold' is at its limit of 60 tokens a minute; try again in 1 s"):
+        quotas.enter(["other", "gold"])
+    quotas.enter(["other"])
+
+
+def test_who_has_no_limit_of_tokens_owes_none_and_is_forgotten() -> None:
+    clock = Clock()
+    quotas = Quotas(tokens=Limit(0, {"gold": 60}), clock=clock)
+    for number in range(MAX_IDLE + 1):
+        quotas.enter([str(number)])
+        quotas.spend([str(number)], 1000)
+        quotas.leave([str(number)])
+    clock.now = 61.0
+    quotas.enter(["new"])
+    assert set(quotas._counts) == {"new"}
+
+
 def test_names_do_not_pile_up() -> None:
     clock = Clock()
-    quotas = Quotas(1, 1, clock=clock)
+    quotas = Quotas(Limit(1), Limit(1), clock=clock)
     quotas.enter(["runs"])
     for number in range(MAX_IDLE + 1):
         quotas.enter([str(number)])
@@ -109,7 +149,7 @@ def test_names_do_not_pile_up() -> None:
 
 
 async def test_over_http_only_the_adapter_in_question_is_refused(echo: EchoProcess) -> None:
-    config = GatewayConfig(worker_endpoint=(echo.endpoint,), adapter_rpm=3, adapter_concurrency=2)
+    config = GatewayConfig(worker_endpoint=(echo.endpoint,), adapter_rpm=Limit(3), adapter_concurrency=Limit(2))
     app = create_app(config)
     async with app.router.lifespan_context(app), http_client(app) as client:
         await until_ready(app)
@@ -134,7 +174,9 @@ async def test_over_http_only_the_adapter_in_question_is_refused(echo: EchoProce
 
 
 async def test_over_http_a_request_counts_once_however_often_its_adapter_is_replaced(echo: EchoProcess) -> None:
-    app = create_app(GatewayConfig(worker_endpoint=(echo.endpoint,), adapter_rpm=1, adapter_concurrency=1))
+    app = create_app(
+        GatewayConfig(worker_endpoint=(echo.endpoint,), adapter_rpm=Limit(1), adapter_concurrency=Limit(1))
+    )
     async with app.router.lifespan_context(app), http_client(app) as client:
         await until_ready(app)
         echo.do("gone", times=3)
@@ -147,7 +189,7 @@ async def test_over_http_a_request_counts_once_however_often_its_adapter_is_repl
 
 
 async def test_over_http_an_adapter_is_refused_when_its_tokens_are_used_up(echo: EchoProcess) -> None:
-    config = GatewayConfig(worker_endpoint=(echo.endpoint,), adapter_tpm=60)
+    config = GatewayConfig(worker_endpoint=(echo.endpoint,), adapter_tpm=Limit(60))
     app = create_app(config)
     async with app.router.lifespan_context(app), http_client(app) as client:
         await until_ready(app)

@@ -1,6 +1,7 @@
 """A model without a model, adapters without weights: what the engine's tests put in place of torch."""
 
 import hashlib
+import math
 import queue
 import threading
 from collections import Counter, deque
@@ -316,6 +317,7 @@ class Harness:
         num_chunks: int = 4,
         policy: str = "lru",
         max_overtake_s: float = 1.0,
+        max_waiting_s: float = math.inf,
         is_fair: bool = True,
         prefill_budget: Callable[[int], int] | None = None,
         enabled: bool = True,
@@ -373,6 +375,7 @@ class Harness:
             max_prefill_tokens=max_prefill_tokens,
             max_adapters=max_loras_per_batch,
             max_overtake_s=max_overtake_s,
+            max_waiting_s=max_waiting_s,
             is_fair=is_fair,
             prefill_budget=prefill_budget,
             clock=lambda: self.now,

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -60,11 +61,21 @@ def test_weights_are_given_by_name() -> None:
     assert parse().schedule_policy == "vtc"
 
 
-def test_repeatable_flags() -> None:
+def test_repeatable_flags(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    roots = str(tmp_path), str(tmp_path / "a")
     config = parse(
-        "--adapter-root", "/a", "--adapter-root", "/b", "--hub-allow", "org/*", "--served-model-name", "x", "y"
+        "--adapter-root", roots[0], "--adapter-root", roots[1], "--hub-allow", "org/*", "--served-model-name", "x", "y"
     )
-    assert (config.adapter_root, config.hub_allow, config.served_model_name) == (("/a", "/b"), ("org/*",), ("x", "y"))
+    assert (config.adapter_root, config.hub_allow, config.served_model_name) == (roots, ("org/*",), ("x", "y"))
+
+
+@pytest.mark.parametrize("flag", ["--adapter-root", "--adapter-resolver"])
+def test_directories_of_adapters_must_be_there(flag: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name in ("nope", "file"):
+        with pytest.raises(ConfigError, match=f"^{flag} {tmp_path / name}: no such directory$"):
+            parse("--adapter-root", str(tmp_path), flag, str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +101,7 @@ def test_repeatable_flags() -> None:
         (["--max-running-requests", "0"], "--max-running-requests"),
         (["--context-length", "1"], "--context-length"),
         (["--shutdown-grace", "-1"], "--shutdown-grace"),
+        (["--req-waiting-timeout", "-1"], "--req-waiting-timeout must be 0 to 86400 seconds"),
         (["--schedule-policy", "lpm"], "--schedule-policy"),
         (["--adapter-weights", "a=2", "b"], "--adapter-weights: 'b'"),
         (["--adapter-weights", "a=0"], "0.01 to 100"),

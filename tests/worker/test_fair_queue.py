@@ -435,6 +435,7 @@ def test_the_heap_knows_what_sorting_would(history: list[tuple[str, int, int]]) 
         elif operation == "remove" and reference.sequences:
             sequence = reference.sequences.pop(number % len(reference.sequences))
             queue.remove(sequence)
+            sequence.num_preemptions += 1  # should it come again
             gone.append(sequence)
             if number % 2:
                 queue.add(sequence)
