@@ -337,7 +337,7 @@ def _make_runner(config: WorkerConfig, base: Base, memory: DeviceMemory, start_u
         pool,
         last_tokens,
         graphs.memory,
-        max_rows=-(-target.chunked_prefill_size // 2),
+        max_rows=target.chunked_prefill_size,
         max_sequences=target.max_running_requests,
         **lengths,
     )

@@ -170,7 +170,7 @@ class WorkerConfig:
     cuda_graph_max_bs: int = _setting(
         256,
         "sequences in the largest step of answers alone that is captured as a CUDA graph; of steps with prompts, those"
-        " of up to 512 rows are. Without a GPU there are none",
+        " of up to 512 rows are, beside answers 1024. Without a GPU there are none",
     )
     cuda_graph_dora: bool = _setting(
         False,

@@ -23,11 +23,11 @@ CPU_DEFAULTS = Defaults(16, 32, 512, 0.5)
 # The attention kernels read the keys of 64 tokens at once. 1024 rows of an 8B model are 21 ms of an H200's tensor cores
 # at their best, which bounds what others' tokens wait. Graphs and activations get a tenth of the memory.
 GPU_DEFAULTS = Defaults(64, 256, 1024, 0.9)
-# Beside up to so many answers, a GPU's step has half of the rows: they are in a graph then, and few prompts in it cost
-# the answers little, since a step of few rows waits for the weights. With more answers, or none, steps half as large
-# only lose more of their time to adapters. Served, H200, Llama-3.1-8B's shape, tokens/s in steps of 1024 rows | of 512:
-# 16 clients 2,986 | 3,109, 64 7,663 | 7,976, 256 11,470 | 11,210; on eight adapters 2,699 | 2,771, 6,937 | 7,202,
-# 10,380 | 9,868 (tests/bench/LOG.md).
+# Beside up to so many answers, a GPU's step has half of the rows: few prompts cost the answers beside them little, for
+# a step of few rows waits for the weights. With more answers, or none, steps half as large only lose more of their time
+# to adapters. Served, H200, Llama-3.1-8B's shape, tokens/s in steps of 1024 rows | of 512: 16 clients 2,986 | 3,109,
+# 64 7,663 | 7,976, 256 11,470 | 11,210; on eight adapters 2,699 | 2,771, 6,937 | 7,202, 10,380 | 9,868
+# (tests/bench/LOG.md).
 FEW_ANSWERS = 128
 
 

@@ -1,12 +1,14 @@
 """MixedGraphs: steps with prompts in them as CUDA graphs, one for each size, without adapters and with.
 
-Launched one by one, a step's kernels take the host 8 to 15 ms, whatever their size: as long as the GPU needs for 512
-rows. In a graph, a few prompts cost the answers beside them little, since a step of few rows waits for the weights.
+Launched one by one, a step's kernels take the host 8 to 20 ms, whatever their size: as long as the GPU needs for 512
+rows, and beside many answers, which keep the host busy too, for 1024. In a graph, a few prompts cost the answers beside
+them little, since a step of few rows waits for the weights.
 
 A graph ends with the hidden states. Whose logits are wanted differs from step to step, and what is behind them is
 launched one by one.
 """
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -32,8 +34,8 @@ from worker.step_buffers import PromptBuffers
 log = logging.getLogger(__name__)
 
 # Rows of a step, padding included. An H200's GEMMs of Llama-3.1-8B's shape take, ms a step: 4.0, 4.4, 5.1, 5.8, 6.8,
-# 7.7 and 9.6 (743 TFLOP/s); 448 rows take 13.3, 1024 take 20.6 and 2048 take 43.0 (tests/bench/LOG.md).
-SIZES = (64, 128, 192, 256, 320, 384, 512)
+# 7.7 and 9.6 (743 TFLOP/s); 448 rows take 13.3, 640 take 12.4, 768 15.4, 1024 20.6 and 2048 43.0 (tests/bench/LOG.md).
+SIZES = (64, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024)
 _MAX_SHORT_PROMPTS = 64  # of a step in a graph: what there are tiles for beyond those that are full
 
 
@@ -52,7 +54,7 @@ class _Size:
     def __init__(self, num_rows: int, pool: AdapterPool | None, max_chunks: int) -> None:
         self.work: WorkList | None = None
         if pool is not None:
-            block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows)
+            block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows, has_answers=True)
             self.work = WorkList(pool.scales, num_rows, max_chunks, block_rows, long_rows)
             self.work.update(num_rows, [])
         self.graphs: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []  # without adapters, with
@@ -77,6 +79,8 @@ class MixedGraphs:
     ) -> None:
         """Captures them. max_sequences: in a step; max_chunks: of one adapter; max_model_len: the longest context."""
         self.sizes = (*(size for size in SIZES if size < max_rows), *((max_rows,) if max_rows <= SIZES[-1] else ()))
+        # Larger steps of prompts alone have long segments, and take the GPU longer than the host.
+        self.sizes_alone = tuple(size for size in self.sizes if not launch.long_rows(size))
         self._model, self._kv_cache, self._pool, self._last_tokens = model, kv_cache, pool, last_tokens
         self._window, self._num_kv_heads = config.sliding_window, config.num_kv_heads
         self._per_tile = tokens_per_tile(config, kv_cache.data.element_size())
@@ -91,7 +95,8 @@ class MixedGraphs:
 
     def fits(self, rows: StepRows) -> bool:
         """Whether there is a graph for these rows, none of which may have magnitudes or change the embeddings."""
-        if not rows.prefills or rows.num_rows not in self._of or not self._buffers.fits(rows):
+        sizes = self.sizes if rows.decodes else self.sizes_alone
+        if not rows.prefills or rows.num_rows not in sizes or not self._buffers.fits(rows):
             return False
         num_tiles = sum(-(-scheduled.num_tokens // self._per_tile) for scheduled in rows.prefills)
         return num_tiles <= self._max_tiles(rows.num_rows)
@@ -125,12 +130,13 @@ class MixedGraphs:
             window=self._window,
             semaphores=self._semaphores,
         )
-        base = Step(buffers.positions[:num_rows], buffers.slots[:num_rows], plan, self._kv_cache.layers, None)
+        positions, slots = buffers.positions[:num_rows], buffers.slots[:num_rows]
+        base = Step(positions, slots, plan, self._kv_cache.layers, None, has_answers=True)
         if size.work is None or self._pool is None:
             return [base]
         # As an eager step of as many rows has it: with one adapter more it may have to be one, and says the same then.
         lora = Lora(self._pool.chunks, size.work, self._side if num_rows <= MAX_ROWS else None)
-        return [base, Step(base.positions, base.slot_mapping, plan, base.kv_layers, lora)]
+        return [base, dataclasses.replace(base, lora=lora)]
 
     @torch.inference_mode()
     def _capture_all(self, graph_pool: Any) -> None:

@@ -43,9 +43,12 @@ class StepRows:
 
 
 def lay_out(
-    batch: list[ScheduledSequence], buckets: tuple[int, ...] = BUCKETS, with_prompts: tuple[int, ...] = ()
+    batch: list[ScheduledSequence],
+    buckets: tuple[int, ...] = BUCKETS,
+    mixed: tuple[int, ...] = (),
+    prompts_alone: tuple[int, ...] = (),
 ) -> StepRows:
-    """The rows of a batch (not empty). buckets: sizes of steps of decodes alone; with_prompts: of others."""
+    """The rows of a batch (not empty). buckets: sizes of steps of decodes alone; mixed: of decodes and prompts."""
     decodes = [scheduled for scheduled in batch if scheduled.num_tokens == 1]
     prefills = [scheduled for scheduled in batch if scheduled.num_tokens > 1] if len(decodes) < len(batch) else []
     first_rows = list(range(len(decodes)))
@@ -53,7 +56,8 @@ def lay_out(
     for scheduled in prefills:
         first_rows.append(row)
         row += scheduled.num_tokens
-    return StepRows(decodes, prefills, first_rows, padded(row, with_prompts if prefills else buckets))
+    sizes = buckets if not prefills else mixed if decodes else prompts_alone
+    return StepRows(decodes, prefills, first_rows, padded(row, sizes))
 
 
 def padded(num_rows: int, sizes: tuple[int, ...]) -> int:

@@ -64,7 +64,8 @@ class TritonRunner:
 
         Nothing here waits for the device, so that the step is there before the one at work is done.
         """
-        rows = lay_out(batch, self._buckets, self._mixed.sizes if self._mixed is not None else ())
+        mixed_sizes = (self._mixed.sizes, self._mixed.sizes_alone) if self._mixed is not None else ()
+        rows = lay_out(batch, self._buckets, *mixed_sizes)
         adapted = adapted_rows(rows, self.pool)
         sampled = [scheduled for scheduled in batch if scheduled.samples]
         of_adapters = {number: of_adapter for number, _, of_adapter in adapted}

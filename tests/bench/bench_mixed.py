@@ -4,7 +4,7 @@
 
 A step as the worker runs it, one step ahead, from step to step: so many answers at a context of --context tokens, and
 so many prompts of --tokens each, dealt to the adapters round robin. eager_ms: the same step launched kernel by kernel,
-as steps of more than 512 rows are. host_ms: how long the launch keeps the engine's thread.
+as steps that fit no graph are. host_ms: how long the launch keeps the engine's thread.
 """
 
 import argparse
@@ -22,7 +22,18 @@ from worker.sequence import ScheduledSequence, Sequence
 from worker.triton_runner import TritonRunner
 
 # Answers, prompts, tokens of each.
-CASES = [(0, 1, 256), (15, 1, 112), (60, 1, 128), (64, 1, 190), (64, 1, 256), (128, 2, 192), (171, 2, 170), (0, 2, 256)]
+CASES = [
+    (0, 1, 256),
+    (15, 1, 112),
+    (60, 1, 128),
+    (64, 1, 190),
+    (64, 1, 256),
+    (128, 2, 192),
+    (171, 2, 170),
+    (0, 2, 256),
+    (252, 2, 256),
+    (252, 3, 256),
+]
 WARM_UP, STEPS, ROUNDS, MAX_SEQUENCES = 3, 8, 3, 256
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels.gpu import launch
 from protocol.sampling import SamplingParams
 from tests.tiny_models import write_tiny_model
 from tests.worker import stand_in_graphs
@@ -85,11 +86,19 @@ def both(
     return had_graph
 
 
+def long_beyond(num_rows: int, has_answers: bool = False) -> int:
+    """launch.long_rows, where many rows are so few."""
+    return 8 if num_rows > SIZES[0] and not has_answers else 0
+
+
+@pytest.mark.parametrize("has_long", [False, True] if DEVICE.type == "cuda" else [True])
 @pytest.mark.parametrize("family", ["llama_biased", "qwen3", "mistral_window"] if DEVICE.type == "cuda" else ["qwen3"])
 def test_a_step_from_a_graph_is_the_eager_one_to_the_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, has_long: bool
 ) -> None:
     """Base and adapters, prompts cut anywhere beside answers, prompts that are scored, a step too large for a graph."""
+    if has_long:
+        monkeypatch.setattr(launch, "long_rows", long_beyond)
     model_dir = write_tiny_model(tmp_path / "model", family)
     prompts = [(generation, 3 + 2 * i) for i, generation in enumerate((0, *ADAPTERS))]
     assert True in both(model_dir, prompts, monkeypatch, seed=3)
