@@ -121,3 +121,17 @@ def test_any_number_is_exact_and_costs_copies_only_for_what_does_not_fit(client:
     assert 0 < taken[NUM_RESIDENT + 1] < NUM_REQUESTS / 10, "one too many costs a copy now and then"
     # Eight at once pass each other, but not by much.
     assert abs(taken[NUM_ADAPTERS] - least_recently_used(warm, requests[NUM_ADAPTERS])) < NUM_REQUESTS / 20
+
+
+def test_many_names_of_one_adapter_are_copied_once(client: httpx.Client) -> None:
+    """The device has room for fewer, were each to take its own chunks."""
+    names = [f"twin{i}" for i in range(64)]
+    for name in names:
+        assert put(client, name, "m1").status_code == 200
+    before = copies(client)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        answers = {tuple(tokens(answer)) for answer in pool.map(lambda name: ask(client, name), names * 2)}
+    assert len(answers) == 1 and answers.pop() != tuple(tokens(ask(client, None)))
+    assert copies(client) - before <= 1
+    for name in names:
+        assert client.delete(f"/v1/adapters/{name}").status_code == 200
