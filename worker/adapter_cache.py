@@ -44,6 +44,7 @@ class AdapterCache:
         self._names: dict[str, int] = {}
         self._adapters: dict[int, Adapter] = {}
         self._contents: dict[str, Content] = {}  # by digest: of all generations
+        self._pinned: set[Adapter] = set()  # few, where all may be thousands
         self._num_chunks = 0  # on the device
         self._idle: set[Content] = set()
         self._first_idle: Content | None = None  # to go; None: there is none, or it is to be looked up
@@ -101,7 +102,7 @@ class AdapterCache:
         repins: it is what the name stands for, and only its pin is to change.
         """
         replaced = self._names.get(name)
-        others = [a for a in self._adapters.values() if a.pinned and a.generation != replaced]
+        others = [adapter for adapter in self._pinned if adapter.generation != replaced]
         if pinned and len(others) >= self._max_per_batch - 1:
             return _limit(
                 f"adapter '{name}' cannot be pinned: {len(others)} are, and at most --max-loras-per-batch minus one"
@@ -128,8 +129,8 @@ class AdapterCache:
             most = f"--max-loras-per-batch, {self._max_per_batch}"
             return _limit(f"a mix of {len(adapters)} adapters is more than {most}", "lora_path")
         num_chunks = sum(adapter.num_chunks for adapter in adapters)
-        pinned = {adapter.content for adapter in self._adapters.values() if adapter.pinned}
-        num_pinned = sum(content.num_chunks for content in pinned.difference(adapter.content for adapter in adapters))
+        pinned = {adapter.content for adapter in self._pinned}.difference(adapter.content for adapter in adapters)
+        num_pinned = sum(content.num_chunks for content in pinned)
         if len(adapters) > 1 and num_chunks > min(max_chunks, self.max_chunks - num_pinned):
             return _limit(
                 f"the mix takes {num_chunks} chunks of rank 16; it may take {max_chunks}, as one adapter, and"
@@ -173,11 +174,11 @@ class AdapterCache:
             name=name,
             content=content,
             source=source,
-            pinned=pinned,
+            pinned=False,
             created=created,
         )
         content.generations.add(adapter.generation)
-        self._note_needs(adapter)
+        self.set_pinned(adapter, pinned)
         old = self.named(name)
         self._adapters[adapter.generation] = adapter
         self._names[name] = adapter.generation
@@ -281,6 +282,10 @@ class AdapterCache:
     def set_pinned(self, adapter: Adapter, is_pinned: bool) -> None:
         """A pinned adapter does not leave the device. `check` comes first."""
         adapter.pinned = is_pinned
+        if is_pinned:
+            self._pinned.add(adapter)
+        else:
+            self._pinned.discard(adapter)
         self._note_needs(adapter)
 
     def set_reserved(self, adapter: Adapter, is_reserved: bool) -> None:
@@ -374,7 +379,8 @@ class AdapterCache:
             assert content.num_sequences == sum(adapter.num_sequences for adapter in having)
             assert len(content.chunk_ids) in (0, content.num_chunks)
         self.host.check_integrity(self._adapters.values())
-        assert sum(a.pinned for a in self._adapters.values()) <= self._max_per_batch - 1
+        assert self._pinned == {adapter for adapter in self._adapters.values() if adapter.pinned}
+        assert len(self._pinned) <= self._max_per_batch - 1
         for name, generation in self._names.items():
             assert self._adapters[generation].name == name
         for adapter in self._adapters.values():
