@@ -12,7 +12,6 @@ from protocol.messages import AdapterInfo, AdapterState, AdapterUsage
 class Content:
     """What a digest stands for. It is on the device once at the most, whatever number of generations has it."""
 
-    number: int  # above 0, never given again: by it sequences, steps and the adapter pool know the content
     digest: str
     rank: int
     modules: tuple[str, ...]
@@ -20,6 +19,8 @@ class Content:
     stored_bytes: int  # in the private store
     num_chunks: int
     is_sum: bool = True  # so that it may be weighted and added to others: see adapter_weights.Parts
+    # By it sequences, steps and the pool know the content. Given with its first generation, above 0, never reused.
+    number: int = 0
     generations: set[int] = field(default_factory=set)  # those that have it
     needed_by: set[int] = field(default_factory=set)  # those of them for which it has to stay on the device
     num_sequences: int = 0  # unfinished ones, of all of them

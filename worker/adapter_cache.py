@@ -94,10 +94,8 @@ class AdapterCache:
             disk_bytes=sum(content.stored_bytes for content in {adapter.content for adapter in adapters}),
         )
 
-    def check(
-        self, name: str, digest: str, rank: int, num_chunks: int, pinned: bool, repins: bool = False
-    ) -> Error | None:
-        """Why content of this size cannot be published under a name, or None.
+    def check(self, name: str, content: Content, pinned: bool, repins: bool = False) -> Error | None:
+        """Why content cannot be published under a name, or None.
 
         repins: it is what the name stands for, and only its pin is to change.
         """
@@ -110,13 +108,13 @@ class AdapterCache:
                 " a pinned adapter, or start with a larger --max-loras-per-batch",
                 "pinned",
             )
-        sizes = {content.digest: content.num_chunks for content in self._contents.values()} | {digest: num_chunks}
-        staying = {adapter.digest for adapter in others} | ({digest} if pinned else set())
+        sizes = {each.digest: each.num_chunks for each in (*self._contents.values(), content)}
+        staying = {adapter.digest for adapter in others} | ({content.digest} if pinned else set())
         num_pinned = sum(sizes.pop(other) for other in staying)
         if num_pinned + max(sizes.values(), default=0) > self.max_chunks:
             return _limit(
-                f"adapter '{name}' of rank {rank} does not fit: it takes {num_chunks} chunks, and the device pool of"
-                f" {self.max_chunks} must hold all pinned adapters and the largest other at once",
+                f"adapter '{name}' of rank {content.rank} does not fit: it takes {content.num_chunks} chunks, and the"
+                f" device pool of {self.max_chunks} must hold all pinned adapters and the largest other at once",
                 "lora_path",
             )
         if not repins and len(self._adapters) >= MAX_ADAPTERS:
@@ -140,34 +138,16 @@ class AdapterCache:
         return None
 
     def publish(
-        self,
-        name: str,
-        *,
-        digest: str,
-        source: str,
-        rank: int,
-        modules: tuple[str, ...],
-        num_bytes: int,
-        stored_bytes: int,
-        num_chunks: int,
-        pinned: bool,
-        created: int,
-        is_sum: bool = True,
+        self, name: str, content: Content, *, source: str, pinned: bool, created: int
     ) -> tuple[Adapter, Adapter | None]:
-        """Binds a name to new content: the new generation, and the one that the name has left. `check` comes first."""
-        content = self._contents.get(digest)
-        if content is None:
+        """Binds a name to new content: the new generation, and the one that the name has left. `check` comes first.
+
+        If content of its digest is here already, the generation has that.
+        """
+        content = self._contents.setdefault(content.digest, content)
+        if not content.number:
             self._last_content += 1
-            content = self._contents[digest] = Content(
-                number=self._last_content,
-                digest=digest,
-                rank=rank,
-                modules=modules,
-                num_bytes=num_bytes,
-                stored_bytes=stored_bytes,
-                num_chunks=num_chunks,
-                is_sum=is_sum,
-            )
+            content.number = self._last_content
         self._last_generation += 1
         adapter = Adapter(
             generation=self._last_generation,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from protocol.errors import Error, ErrorCode
 from protocol.messages import BASE_GENERATION, AdapterChanged, AdapterReply, AdapterState, LoadAdapter, UnloadAdapter
-from worker.adapter import Adapter
+from worker.adapter import Adapter, Content
 from worker.adapter_cache import AdapterCache
 from worker.adapter_config import AdapterError
 from worker.adapter_listing import AdapterListing
@@ -231,24 +231,22 @@ class AdapterService:
         return self._refuse(command) or load.overtaken or self._publish(command, packed)
 
     def _publish(self, command: LoadAdapter, packed: "PackedAdapter") -> Adapter | Error:
-        num_chunks, holder = len(packed.chunks), self.cache.named(command.name)
+        holder = self.cache.named(command.name)
         pinned = command.pinned if command.pinned is not None else holder is not None and holder.pinned
-        error = self.cache.check(command.name, packed.digest, packed.rank, num_chunks, pinned)
-        if error is not None:
-            return error
-        adapter, old = self.cache.publish(
-            command.name,
+        content = Content(
             digest=packed.digest,
-            source=command.source or command.name,
             rank=packed.rank,
             modules=packed.modules,
             num_bytes=packed.num_bytes,
             stored_bytes=packed.stored_bytes,
-            num_chunks=num_chunks,
+            num_chunks=len(packed.chunks),
             is_sum=packed.parts.is_sum,
-            pinned=pinned,
-            created=int(time.time()),
         )
+        error = self.cache.check(command.name, content, pinned)
+        if error is not None:
+            return error
+        source = command.source or command.name
+        adapter, old = self.cache.publish(command.name, content, source=source, pinned=pinned, created=int(time.time()))
         self.num_loads += 1
         self._revoked.discard(command.name)
         self._keep_in_host(adapter, packed)
@@ -281,8 +279,7 @@ class AdapterService:
         if pinned is None or pinned == adapter.pinned:
             return adapter
         if pinned:
-            content = adapter.content
-            error = self.cache.check(adapter.name, content.digest, content.rank, content.num_chunks, True, repins=True)
+            error = self.cache.check(adapter.name, adapter.content, True, repins=True)
             if error is not None:
                 return error
         self.cache.set_pinned(adapter, pinned)

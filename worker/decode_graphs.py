@@ -69,8 +69,7 @@ class Bucket:
         # Of Rescaled; behind the rows that adapters with magnitudes have, -1.
         self.magnitudes = torch.full((num_rows, 2), -1, dtype=torch.int64, device=device)
         if pool is not None:
-            block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows, has_answers=True)
-            self.work = WorkList(pool.scales, num_rows, max_chunks, block_rows, long_rows)
+            self.work = WorkList(pool.scales, num_rows, max_chunks, launch.block_rows(num_rows))
             self.work.update(num_rows, [])
             lora = Lora(pool.chunks, self.work, side if num_rows <= MAX_ROWS else None)
             self.steps.append(dataclasses.replace(base, lora=lora))

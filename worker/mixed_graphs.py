@@ -54,8 +54,7 @@ class _Size:
     def __init__(self, num_rows: int, pool: AdapterPool | None, max_chunks: int) -> None:
         self.work: WorkList | None = None
         if pool is not None:
-            block_rows, long_rows = launch.block_rows(num_rows), launch.long_rows(num_rows, has_answers=True)
-            self.work = WorkList(pool.scales, num_rows, max_chunks, block_rows, long_rows)
+            self.work = WorkList(pool.scales, num_rows, max_chunks, launch.block_rows(num_rows))
             self.work.update(num_rows, [])
         self.graphs: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []  # without adapters, with
 

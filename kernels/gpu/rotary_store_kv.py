@@ -274,7 +274,7 @@ def rotary_store_kv(
     qkv [num_tokens, (num_heads + 2 · num_kv_heads) · head_dim], whose queries are rotated in place; cos, signed_sin
     [num_tokens, 1, head_dim]; cache: one layer, [num_blocks, 2, num_kv_heads, block_size, head_dim]; slot_mapping
     int64 [num_tokens]; head_norms: weights [head_dim] of queries and keys. With adapters, rows that the work list does
-    not name are left as they are. has_answers: as in the work list of a step like this, had it adapters.
+    not name are left as they are. has_answers: see launch.long_rows.
     """
     num_rows, row_size = qkv.shape
     _, _, num_kv_heads, block_size, head_dim = cache.shape

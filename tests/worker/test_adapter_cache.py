@@ -9,23 +9,18 @@ from worker.adapter import Adapter, Content
 from worker.adapter_cache import AdapterCache
 
 
+def content_of(digest: str, num_chunks: int) -> Content:
+    return Content(
+        digest=digest, rank=num_chunks * 16, modules=("q_proj",), num_bytes=1, stored_bytes=1, num_chunks=num_chunks
+    )
+
+
 def publish(
     cache: AdapterCache, name: str, num_chunks: int = 1, pinned: bool = False, digest: str = ""
 ) -> tuple[Adapter, Adapter | None]:
-    digest = digest or f"of {name}, {num_chunks} chunks"
-    assert cache.check(name, digest, num_chunks * 16, num_chunks, pinned) is None
-    return cache.publish(
-        name,
-        digest=digest,
-        source=name,
-        rank=num_chunks * 16,
-        modules=("q_proj",),
-        num_bytes=1,
-        stored_bytes=1,
-        num_chunks=num_chunks,
-        pinned=pinned,
-        created=0,
-    )
+    content = content_of(digest or f"of {name}, {num_chunks} chunks", num_chunks)
+    assert cache.check(name, content, pinned) is None
+    return cache.publish(name, content, source=name, pinned=pinned, created=0)
 
 
 def cache_of(num_chunks: int = 4, max_per_batch: int = 3, max_loaded: int = 4, policy: str = "lru") -> AdapterCache:
@@ -50,23 +45,23 @@ def test_pins_leave_one_place_and_the_error_names_the_flag() -> None:
     cache = cache_of(num_chunks=8)
     publish(cache, "a", pinned=True)
     publish(cache, "b", pinned=True)
-    error = cache.check("c", "new", 16, 1, True)
+    error = cache.check("c", content_of("new", 1), True)
     assert error is not None and error.code is ErrorCode.ADAPTER_LIMIT
     assert "--max-loras-per-batch" in error.message and "2" in error.message
-    assert cache.check("a", "new", 16, 1, True) is None, "replacing a pinned adapter by a pinned one is no more"
-    assert cache.check("c", "new", 16, 1, False) is None
+    assert cache.check("a", content_of("new", 1), True) is None, "replacing a pinned adapter by a pinned one is no more"
+    assert cache.check("c", content_of("new", 1), False) is None
 
 
 def test_what_could_never_come_to_the_device_is_refused() -> None:
     cache = cache_of(num_chunks=4)
-    assert cache.check("a", "new", 80, 5, False) is not None
+    assert cache.check("a", content_of("new", 5), False) is not None
     publish(cache, "a", 4)
-    error = cache.check("b", "new", 16, 1, True)
+    error = cache.check("b", content_of("new", 1), True)
     assert error is not None and "pool of 4" in error.message
     cache.withdraw("a")
     publish(cache, "b", 1, pinned=True)
-    assert cache.check("a", "new", 64, 4, False) is not None
-    assert cache.check("a", "new", 48, 3, False) is None
+    assert cache.check("a", content_of("new", 4), False) is not None
+    assert cache.check("a", content_of("new", 3), False) is None
 
 
 def test_lru_and_fifo_choose_their_victims() -> None:
@@ -106,8 +101,7 @@ def test_running_and_pinned_adapters_stay() -> None:
 
 
 def repin(cache: AdapterCache, adapter: Adapter, pinned: bool) -> bool:
-    content = adapter.content
-    if pinned and cache.check(adapter.name, content.digest, content.rank, content.num_chunks, True, repins=True):
+    if pinned and cache.check(adapter.name, adapter.content, True, repins=True):
         return False
     cache.set_pinned(adapter, pinned)
     return True
@@ -160,7 +154,7 @@ def test_any_history_keeps_the_books(history: list[tuple[int, int, int, bool]]) 
         name, digest, num_chunks = f"n{which}", f"c{content}", 1 + content % 3
         named = cache.named(name)
         if action <= 1:
-            if cache.check(name, digest, num_chunks * 16, num_chunks, pinned) is None:
+            if cache.check(name, content_of(digest, num_chunks), pinned) is None:
                 cache.host.add(publish(cache, name, num_chunks, pinned, digest)[0])
         elif action == 2:
             cache.withdraw(name)

@@ -16,9 +16,7 @@ STEPS = st.lists(
 
 def content(number: int) -> Content:
     num_chunks = 1 + number % 4
-    return Content(
-        number=number, digest=f"{number}", rank=16, modules=(), num_bytes=64, stored_bytes=32, num_chunks=num_chunks
-    )
+    return Content(digest=f"{number}", rank=16, modules=(), num_bytes=64, stored_bytes=32, num_chunks=num_chunks)
 
 
 def adapters() -> list[Adapter]:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from worker.adapter import Content
 from worker.adapter_cache import AdapterCache
 from worker.arena import Arena
 from worker.chunk_layout import ChunkLayout
@@ -88,11 +89,12 @@ def test_an_adapter_of_the_8b_costs_80_mib_for_each_16_of_its_rank_whatever_the_
     assert found.max_chunks == found.num_pages - 205, "all but one context of 131072 tokens"
     cache = AdapterCache(num_chunks=found.max_chunks, max_per_batch=8, max_loaded=64, arena=Arena(found.num_pages, 10))
     for number in range(64):
-        adapter, _ = cache.publish(
-            f"a{number}", digest=f"{number}", source="", rank=16, modules=(), num_bytes=chunk_bytes, stored_bytes=0,
-            num_chunks=ChunkLayout.num_chunks(16), pinned=False, created=0,
-        )  # fmt: skip
-        assert cache.place(adapter.content)
+        num_chunks = ChunkLayout.num_chunks(16)
+        content = Content(
+            digest=f"{number}", rank=16, modules=(), num_bytes=chunk_bytes, stored_bytes=0, num_chunks=num_chunks
+        )
+        cache.publish(f"a{number}", content, source="", pinned=False, created=0)
+        assert cache.place(content)
     memory = cache.memory(chunk_bytes, 0)
     assert (memory.chunks_total - memory.chunks_free) * page_bytes == 64 * (80 << 20)
 
